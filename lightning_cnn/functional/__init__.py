@@ -1,0 +1,5 @@
+"""The lecture as pure functions on tensors: no state, no Lightning."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,1 @@
+"""Convolution algorithms with one signature, each a pure torch reference."""

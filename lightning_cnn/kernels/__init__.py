@@ -1,0 +1,1 @@
+"""Loops that need a compiler: numba on the CPU, Triton on the GPU. Arrays in, arrays out."""

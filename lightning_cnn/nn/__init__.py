@@ -1,0 +1,5 @@
+"""Modules built on the functions, and surgery: the only code that edits somebody's model."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

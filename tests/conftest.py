@@ -1,0 +1,53 @@
+"""Shared by every test: quiet Lightning, one thread a process, and no network."""
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+for name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", module="lightning")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_torch_state():
+    """Each test starts from one seed and must not leave another default behind."""
+    torch.manual_seed(0)
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def triton_interpreter():
+    """Run source in a fresh process with TRITON_INTERPRET=1, which must be set before Triton is imported."""
+
+    def run(source: str, timeout_s: int = 240) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "kernel_under_test.py")  # @triton.jit reads its function's source from a file
+            path.write_text(textwrap.dedent(source))
+            result = subprocess.run(
+                [sys.executable, path],
+                env={**os.environ, "TRITON_INTERPRET": "1"},
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+                check=False,
+            )
+        assert result.returncode == 0, result.stderr[-4000:]
+        return result.stdout
+
+    return run
