@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +32,8 @@ class Batch:
     def replace(self, **changes: Tensor) -> "Batch":
         return replace(self, **changes)
 
-    def to(self, *args: Any, **kwargs: Any) -> "Batch":
-        """Move to a device; floating dtypes are changed on `image` only, as `Tensor.to` would change an index."""
-        device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("image", "label", "index")}
-        return Batch(**moved)
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        return Batch(*(getattr(self, name).to(device, non_blocking=non_blocking) for name in ("image", "label", "index")))
 
     def pin_memory(self) -> "Batch":
         return Batch(self.image.pin_memory(), self.label.pin_memory(), self.index.pin_memory())
