@@ -1,0 +1,1 @@
+from .conv_report import conv_report as conv_report
