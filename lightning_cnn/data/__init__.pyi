@@ -1,0 +1,3 @@
+from .digits import Digits as Digits
+from .image_folders import ImageFolders as ImageFolders
+from .letters import Letters as Letters
