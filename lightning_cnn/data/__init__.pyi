@@ -1,0 +1,1 @@
+from ._loader import Resumable as Resumable
