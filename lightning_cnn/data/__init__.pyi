@@ -1,3 +1,7 @@
+<<<<<<< HEAD
 from .digits import Digits as Digits
 from .image_folders import ImageFolders as ImageFolders
 from .letters import Letters as Letters
+=======
+from ._loader import Resumable as Resumable
+>>>>>>> data

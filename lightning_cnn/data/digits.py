@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_cnn.data.resumable import Resumable
+from lightning_cnn.data._loader import Resumable
 from lightning_cnn.errors import ConfigurationError, raise_all
 from lightning_cnn.functional import counter
 

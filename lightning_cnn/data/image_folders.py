@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_cnn.data.resumable import Resumable
+from lightning_cnn.data._loader import Resumable
 from lightning_cnn.errors import ConfigurationError, DataError, raise_all
 from lightning_cnn.functional import counter
 

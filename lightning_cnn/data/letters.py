@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_cnn.data.resumable import Resumable
+from lightning_cnn.data._loader import Resumable
 from lightning_cnn.errors import ConfigurationError, raise_all
 
 # Capitals, and the small letters that are no smaller copy of a capital: normalised to one box, c and C are the same picture.
