@@ -167,27 +167,30 @@ def _hydra_problems(node: DictConfig, path: str) -> Iterator[str]:
 
 
 def _unknown_keys(config: DictConfig, verb: str) -> Iterator[str]:
-    from importlib.resources import files
-
-    primary = yaml.safe_load(files("lightning_cnn.conf").joinpath(f"{verb}.yaml").read_text())
-    groups = [str(next(iter(entry))).split("@")[0].split("/")[-1] for entry in primary.pop("defaults", ()) if isinstance(entry, dict)]
-    known = {*primary, *groups, "hydra", "allow_packages"} - {"optional", "override"}
+    known = {*_known_keys(verb), "hydra"}
     for key in config:
         if str(key) not in known:
             yield f"{key}: no such key at the top level{_hint(str(key), known) or '; known: ' + ', '.join(sorted(known))}"
 
 
-def _explained(message: str, verb: str) -> str:
-    """Hydra's sentence about a key that does not exist, with the nearest one that does."""
+def _known_keys(name: str) -> set[str]:
+    """Keys and groups of a primary configuration and of those it starts from."""
     from importlib.resources import files
 
+    primary = yaml.safe_load(files("lightning_cnn.conf").joinpath(f"{name}.yaml").read_text())
+    entries = primary.pop("defaults", ())
+    groups = {str(word) for entry in entries if isinstance(entry, dict) for word in entry}
+    return {*primary, *groups}.union(*(_known_keys(entry) for entry in entries if isinstance(entry, str) and entry != "_self_"))
+
+
+def _explained(message: str, verb: str) -> str:
+    """Hydra's sentence about a key that does not exist, with the nearest one that does."""
     first = message.strip()
-    if "Could not override" in first:
-        key = first.split("'")[1].split(".")[0].lstrip("+~")
-        primary = yaml.safe_load(files("lightning_cnn.conf").joinpath(f"{verb}.yaml").read_text())
-        known = {*primary, *(str(k) for entry in primary["defaults"] if isinstance(entry, dict) for k in entry)}
-        return f"{first}{_hint(key, known) if key not in known else ''}"
-    return first
+    if "Could not override" not in first:
+        return first
+    key = first.split("'")[1].split(".")[0].lstrip("+~")
+    known = _known_keys(verb)
+    return f"{first}{_hint(key, known) if key not in known else ''}"
 
 
 def _hint(word: str, known: Any) -> str:

@@ -1,7 +1,4 @@
-<<<<<<< HEAD
+from ._loader import Resumable as Resumable
 from .digits import Digits as Digits
 from .image_folders import ImageFolders as ImageFolders
 from .letters import Letters as Letters
-=======
-from ._loader import Resumable as Resumable
->>>>>>> data
