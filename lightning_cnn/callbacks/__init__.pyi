@@ -1,0 +1,1 @@
+from .batch_augmentation import BatchAugmentation as BatchAugmentation
