@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_cnn.app import _checkpoint, _check
+from lightning_cnn.app import _check, _checkpoint
 from lightning_cnn.errors import raise_all
 
 

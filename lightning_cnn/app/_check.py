@@ -110,7 +110,9 @@ def _walk(target: str) -> Any:
                 import_module(".".join(words[:position]))
             except ModuleNotFoundError as error:
                 hint = _hint(word, dir(found))
-                raise ConfigurationError(f"{target!r} does not exist: {'.'.join(words[: position - 1])} has no {word!r}{hint}") from error
+                raise ConfigurationError(
+                    f"{target!r} does not exist: {'.'.join(words[: position - 1])} has no {word!r}{hint}"
+                ) from error
         if not hasattr(found, word):
             raise ConfigurationError(f"{target!r} does not exist: no {word!r} in it{_hint(word, dir(found))}")
         found = getattr(found, word)

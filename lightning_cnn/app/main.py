@@ -58,7 +58,7 @@ def _did_you_mean(word: str, known: list[str]) -> str:
 
 
 def _run(verb: str, overrides: list[str]) -> int:
-    from lightning_cnn.app import _checkpoint, _check
+    from lightning_cnn.app import _check, _checkpoint
     from lightning_cnn.errors import LightningCNNError
 
     try:

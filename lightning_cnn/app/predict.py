@@ -32,7 +32,9 @@ def run(config: DictConfig, folder: Path) -> None:
     labels = [classes[k] if classes else str(k) for k in top.indices.tolist()]
     rows = list(zip(files, labels, top.values.exp().tolist(), entropy.tolist(), strict=True))
     with (folder / "predictions.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("file", "label", "probability", "entropy"), *((f, n, f"{p:.6f}", f"{h:.6f}") for f, n, p, h in rows)])
+        csv.writer(file).writerows(
+            [("file", "label", "probability", "entropy"), *((f, n, f"{p:.6f}", f"{h:.6f}") for f, n, p, h in rows)]
+        )
     _grid(rows, pictures, math.log(log_probability.shape[1])).savefig(folder / "predictions.png")
     console = Console()
     console.print(f"{len(rows)} pictures labelled: {folder / 'predictions.csv'}", soft_wrap=True, highlight=False)

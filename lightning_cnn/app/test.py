@@ -16,4 +16,6 @@ def run(config: DictConfig, folder: Path) -> float | None:
     trainer = _build.trainer(config, folder)
     results = trainer.test(model, datamodule=data, verbose=False)
     _report.pictures(folder, trainer, model, data)
-    return _report.finish(folder, {name: float(value) for part in results for name, value in part.items()}, title=f"test {config.ckpt_path}")
+    return _report.finish(
+        folder, {name: float(value) for part in results for name, value in part.items()}, title=f"test {config.ckpt_path}"
+    )

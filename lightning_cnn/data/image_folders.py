@@ -103,7 +103,9 @@ class ImageFolders(L.LightningDataModule):
             order = counter.permutation(counter.key(0, "image_folders", "split", label), len(own)).tolist()
             count = max(1, round(self.val_fraction * len(own)))
             if count >= len(own):
-                raise DataError(f"{own[0][0].parent} has {len(own)} picture; a class needs two, one to train on and one to validate with.")
+                raise DataError(
+                    f"{own[0][0].parent} has {len(own)} picture; a class needs two, one to train on and one to validate with."
+                )
             validation += [own[i] for i in sorted(order[:count])]
             train += [own[i] for i in sorted(order[count:])]
         return train, validation

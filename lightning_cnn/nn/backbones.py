@@ -80,7 +80,7 @@ def load(network: nn.Module, weights: str, *, architecture: str) -> Loaded:
     report = Loaded(
         source=weights,
         loaded=tuple(fitting),
-        skipped=tuple(name for name in state if name in own and name not in fitting),
+        skipped=tuple(sorted(name for name in state if name in own and name not in fitting)),
         unused=tuple(name for name in state if name not in own),
         missing=tuple(name for name in own if name not in state and not name.endswith("num_batches_tracked")),
     )
@@ -102,7 +102,9 @@ def _looks_like_a_file(weights: str) -> bool:
 
 def _from_file(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
-        raise CheckpointError(f"weights: there is no file {path}. Give a .pth or .safetensors file, or a torchvision name such as DEFAULT.")
+        raise CheckpointError(
+            f"weights: there is no file {path}. Give a .pth or .safetensors file, or a torchvision name such as DEFAULT."
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

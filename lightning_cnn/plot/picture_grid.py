@@ -8,7 +8,9 @@ from matplotlib.figure import Figure
 from lightning_cnn.plot._style import figure
 
 
-def picture_grid(pictures: Sequence[np.ndarray], captions: Sequence[str], *, columns: int = 6, colours: Sequence[str] | None = None) -> Figure:
+def picture_grid(
+    pictures: Sequence[np.ndarray], captions: Sequence[str], *, columns: int = 6, colours: Sequence[str] | None = None
+) -> Figure:
     """Pictures (h w) or (h w 3), uint8 or in [0, 1], in reading order; `colours` of the captions, black when none are given."""
     columns = min(columns, max(1, len(pictures)))
     rows = -(-len(pictures) // columns) or 1

@@ -59,12 +59,12 @@ class DigitsLadder:
         views: augmented views averaged over, beside the plain picture.
     """
 
-    def __init__(
-        self, *, seeds: int = 5, shots: int = 3, epochs: int = 200, pretraining_epochs: int = 30, views: int = 16
-    ) -> None:
+    def __init__(self, *, seeds: int = 5, shots: int = 3, epochs: int = 200, pretraining_epochs: int = 30, views: int = 16) -> None:
         least = {"seeds": 2, "shots": 1, "epochs": 1, "pretraining_epochs": 1, "views": 1}
         given = {"seeds": seeds, "shots": shots, "epochs": epochs, "pretraining_epochs": pretraining_epochs, "views": views}
-        raise_all([f"{name}={given[name]}: choose {low} or more" for name, low in least.items() if given[name] < low], ConfigurationError)
+        raise_all(
+            [f"{name}={given[name]}: choose {low} or more" for name, low in least.items() if given[name] < low], ConfigurationError
+        )
         self.seeds, self.shots, self.epochs, self.pretraining_epochs, self.views = seeds, shots, epochs, pretraining_epochs, views
 
     def __call__(self, folder: Path) -> Mapping[str, float]:
@@ -191,6 +191,12 @@ def _show(rows: list[tuple[str, ...]], folder: Path, letters: float, ladder: Dig
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-    lines = [f"# The ladder: {title}", "", "| " + " | ".join(header) + " |", "|---|---|---|---|", *("| " + " | ".join(r) + " |" for r in rows)]
+    lines = [
+        f"# The ladder: {title}",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|---|---|---|---|",
+        *("| " + " | ".join(r) + " |" for r in rows),
+    ]
     lines += ["", f"The network that is transferred reads {letters:.1%} of the letters of three unseen fonts."]
     (folder / "report.md").write_text("\n".join(lines) + "\n")
