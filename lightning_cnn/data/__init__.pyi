@@ -1,6 +1,6 @@
 from ._images import PackedImages as PackedImages
 from ._loader import Resumable as Resumable
+from ._pack import pack as pack
 from .digits import Digits as Digits
 from .image_folders import ImageFolders as ImageFolders
 from .letters import Letters as Letters
-from ._pack import pack as pack
