@@ -20,7 +20,7 @@ def resolved(config: DictConfig, folder: Path) -> DictConfig:
     The second check is what makes the first one hold: an interpolation may have produced a node that nobody had seen.
     """
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    filled = OmegaConf.create(plain)
+    filled = DictConfig(plain)
     allow = tuple(f"{package}." for package in plain.get("allow_packages") or ())
     raise_all(_check.problems(filled, allow=allow))
     folder.mkdir(parents=True, exist_ok=True)

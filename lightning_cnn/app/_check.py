@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 
 from lightning_cnn.errors import ConfigurationError, raise_all
 
@@ -68,9 +68,9 @@ def problems(node: Any, path: str = "", allow: tuple[str, ...] = ()) -> Iterator
         yield from _target_problems(node, path, allow)
     if "_target_" in node and path.partition(".")[0] == "hydra":
         yield from _hydra_problems(node, path)
-    for key in node:
+    for key in map(str, node):
         if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
-            yield from problems(node._get_node(key), f"{path}.{key}" if path else str(key), allow)
+            yield from problems(node._get_node(key), f"{path}.{key}" if path else key, allow)
 
 
 def resolve(target: str, allow: tuple[str, ...] = ()) -> Any:
@@ -148,10 +148,11 @@ def _argument_problems(node: DictConfig, path: str, found: Any) -> Iterator[str]
         if name in RESERVED:
             continue
         if name not in parameters and not open_ended:
-            yield f"{path}.{name}: {node._target_} has no such argument{_hint(name, parameters) or '; it takes ' + ', '.join(parameters)}"
+            hint = _hint(name, parameters) or "; it takes " + ", ".join(parameters)
+            yield f"{path}.{name}: {node._target_} has no such argument{hint}"
         elif name in hints and not OmegaConf.is_interpolation(node, name) and not OmegaConf.is_missing(node, name):
-            value = node._get_node(name)
-            plain = OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value._value()
+            value = node[name]
+            plain = OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
             if not _fits(plain, hints[name]):
                 yield f"{path}.{name}: {node._target_} takes {_named(hints[name])}, got {plain!r}"
     if not node.get("_partial_") and not node.get("_args_"):
@@ -162,7 +163,8 @@ def _argument_problems(node: DictConfig, path: str, found: Any) -> Iterator[str]
 
 def _hydra_problems(node: DictConfig, path: str) -> Iterator[str]:
     """Hydra builds its launcher, sweeper and callbacks itself; only its own plugins and our sweep report may stand there."""
-    target = node._get_node("_target_")._value()
+    target = node._get_node("_target_")
+    target = target._value() if isinstance(target, Node) else None  # the text itself, an interpolation unresolved
     allowed = ("hydra._internal.core_plugins.", "hydra_plugins.", "lightning_cnn.app.sweep.", "optuna.samplers.")
     if not isinstance(target, str) or not target.startswith(allowed):
         yield f"{path}: {target!r} is not a launcher, sweeper or callback that this program lets Hydra build"

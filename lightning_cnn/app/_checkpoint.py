@@ -25,7 +25,8 @@ def find(ckpt_path: str, outputs: Path = OUTPUTS) -> Path:
     files = sorted(outputs.rglob(f"checkpoints/{pattern}"), key=lambda file: file.stat().st_mtime)
     if not files:
         raise CheckpointError(
-            f"ckpt_path={ckpt_path}: no {pattern} under {outputs.resolve()}. Train first (lightning-cnn train ...) or give ckpt_path=PATH."
+            f"ckpt_path={ckpt_path}: no {pattern} under {outputs.resolve()}. "
+            "Train first (lightning-cnn train ...) or give ckpt_path=PATH."
         )
     return files[-1]
 

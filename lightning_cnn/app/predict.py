@@ -22,15 +22,15 @@ def run(config: DictConfig, folder: Path) -> None:
     files = _files(config.input)
     data = _build.data(config)
     model = _build.restored(config, data)
-    classes = list(getattr(model, "classes", ()))
+    classes: list[str] = list(getattr(model, "classes", ()))
     pictures = _Pictures(files, int(getattr(data, "size_px", 224)), int(getattr(data, "channels", 3)))
     trainer = _build.trainer(config, folder)
     outputs = trainer.predict(model, DataLoader(pictures, batch_size=config.batch_size))
     log_probability = torch.cat([part for part in outputs or [] if isinstance(part, torch.Tensor)]).float().cpu()
     top = log_probability.max(-1)
     entropy = -(log_probability.exp() * log_probability).nan_to_num().sum(-1)
-    labels = [classes[k] if classes else str(k) for k in top.indices.tolist()]
-    rows = list(zip(files, labels, top.values.exp().tolist(), entropy.tolist(), strict=True))
+    labels = [str(classes[k]) if classes else str(k) for k in top.indices.flatten().tolist()]
+    rows: list[tuple[Path, str, float, float]] = list(zip(files, labels, top.values.exp().tolist(), entropy.tolist(), strict=True))
     with (folder / "predictions.csv").open("w", newline="") as file:
         csv.writer(file).writerows(
             [("file", "label", "probability", "entropy"), *((f, n, f"{p:.6f}", f"{h:.6f}") for f, n, p, h in rows)]

@@ -18,9 +18,9 @@ class SweepReport(Callback):
         self._results: list[tuple[str, float]] = []
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        done = job_return.status is JobStatus.COMPLETED and job_return.return_value is not None
+        value = job_return.return_value if job_return.status is JobStatus.COMPLETED else None
         said = [word for word in job_return.overrides or [] if not word.startswith("hydra")]
-        self._results.append((" ".join(said) or "default", float(job_return.return_value) if done else float("nan")))
+        self._results.append((" ".join(said) or "default", float("nan") if value is None else float(value)))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)

@@ -83,9 +83,9 @@ class Digits(L.LightningDataModule):
 def _digits(size_px: int, channels: int) -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
-    raw = load_digits()
-    image = torch.from_numpy(raw.images.astype(np.float32)).unsqueeze(1) * (255 / 16)
+    pixels, label = load_digits(return_X_y=True)
+    image = torch.from_numpy(pixels.astype(np.float32)).view(-1, 1, 8, 8) * (255 / 16)
     if size_px != 8:
         image = F.interpolate(image, size=(size_px, size_px), mode="bilinear", align_corners=False)
     image = image.round().clamp(0, 255).to(torch.uint8).expand(-1, channels, -1, -1).contiguous()
-    return image, torch.from_numpy(raw.target).long()
+    return image, torch.from_numpy(label).long()

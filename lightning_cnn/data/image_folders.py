@@ -28,7 +28,7 @@ class ImageFolders(L.LightningDataModule):
         seed: orders the training pictures and chooses the shots.
 
     Raises:
-        DataError: at `setup`: the folder is missing, has fewer than two classes, or a class has too few pictures; or, while reading, the
+        DataError: at `setup`: the folder is missing, has fewer than two classes, or a class has too few pictures; while reading: the
             picture that cannot be decoded.
         ConfigurationError: at `setup`, listing every argument that cannot be met.
     """

@@ -32,7 +32,7 @@ class Letters(L.LightningDataModule):
         ConfigurationError: at `setup`, listing every argument that cannot be met.
     """
 
-    classes = list(ALPHABET)
+    classes = list(ALPHABET)  # noqa: RUF012
 
     def __init__(self, *, size_px: int = 8, batch_size: int = 64, seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """One LightningModule for picture classification with any torchvision or timm network."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -101,7 +101,7 @@ class Classifier(L.LightningModule):
         image = batch if isinstance(batch, Tensor) else batch[0]
         return self(image).log_softmax(-1)
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> Any:
         kind = _optimizer_class(self.hparams["optimizer"])
         extra = {"momentum": self.hparams["momentum"]} if kind is torch.optim.SGD else {}
         optimizer = kind(self.parameters(), lr=self.lr, weight_decay=self.hparams["weight_decay"], **extra)
@@ -139,7 +139,7 @@ def _check(names: list[str], optimizer: str, schedule: str) -> None:
     raise_all(problems, ConfigurationError)
 
 
-def _optimizer_class(name: str):
+def _optimizer_class(name: str) -> Any:
     found = {key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type)}
     kind = found.get(name.lower())
     return kind if kind is not None and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer else None
