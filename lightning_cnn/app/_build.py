@@ -6,12 +6,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_cnn.app import _check, _checkpoint
-from lightning_cnn.errors import raise_all
+from lightning_cnn.errors import LightningCNNError, raise_all
 
 
 def resolved(config: DictConfig, folder: Path) -> DictConfig:
@@ -28,8 +29,18 @@ def resolved(config: DictConfig, folder: Path) -> DictConfig:
     return filled
 
 
+def built(node: Any) -> Any:
+    """What a checked node describes; an error of ours comes out as it was raised, not wrapped in Hydra's."""
+    try:
+        return instantiate(node)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, LightningCNNError):
+            raise error.__cause__ from None
+        raise
+
+
 def data(config: DictConfig) -> L.LightningDataModule:
-    return instantiate(config.data)
+    return built(config.data)
 
 
 def model(config: DictConfig, data: L.LightningDataModule) -> L.LightningModule:
@@ -37,7 +48,7 @@ def model(config: DictConfig, data: L.LightningDataModule) -> L.LightningModule:
     node = config.model
     if "classes" in node and hasattr(data, "classes"):
         node = OmegaConf.merge(node, {"classes": list(data.classes)})  # type: ignore[attr-defined]
-    return instantiate(node)
+    return built(node)
 
 
 def restored(config: DictConfig, data: L.LightningDataModule) -> L.LightningModule:
@@ -48,12 +59,12 @@ def restored(config: DictConfig, data: L.LightningDataModule) -> L.LightningModu
 
 def trainer(config: DictConfig, folder: Path, **changes: Any) -> L.Trainer:
     """The Trainer with the menu's callbacks, strategy and precision plugin; logs to `metrics.csv` and TensorBoard in `folder`."""
-    callbacks = [instantiate(node) for node in config.callbacks.values() if node]
+    callbacks = [built(node) for node in config.callbacks.values() if node]
     arguments = {key: value for key, value in config.trainer.items() if key != "_target_" and value is not None}
     if config.get("strategy"):
-        arguments["strategy"] = instantiate(config.strategy)
+        arguments["strategy"] = built(config.strategy)
     if config.get("precision"):
-        arguments["plugins"] = [instantiate(config.precision)]
+        arguments["plugins"] = [built(config.precision)]
     loggers = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="tensorboard")]
     return L.Trainer(callbacks=callbacks, logger=loggers, default_root_dir=folder, **{**arguments, **changes})
 

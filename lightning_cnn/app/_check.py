@@ -35,26 +35,32 @@ def composition(verb: str, overrides: Sequence[str]) -> None:
     Raises:
         ConfigurationError: an unknown key, a `_target_` that is not allowed, an argument that does not exist or fit; all of them.
     """
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
-    from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
-    GlobalHydra.instance().clear()
     words = [word for word in overrides if not word.startswith("-")]
-    search_path = create_config_search_path("pkg://lightning_cnn.conf")
     try:
-        engine = Hydra.create_main_hydra2(verb, search_path)
-        config = engine.config_loader.load_configuration(verb, words, run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False)
+        config = _composed(verb, words)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigurationError(_explained(str(error), verb)) from error
-    finally:
-        GlobalHydra.instance().clear()
+        raise ConfigurationError(_explained(str(error), verb, words)) from error
     allowed = tuple(f"{package.rstrip('.')}." for package in config.get("allow_packages") or ())
     found = [*_unknown_keys(config, verb), *problems(config, allow=allowed)]
     raise_all(found)
+
+
+def _composed(verb: str, words: Sequence[str]) -> DictConfig:
+    """As Hydra composes for a sweep, whose swept keys keep their defaults; Hydra's own node stays in."""
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    GlobalHydra.instance().clear()
+    try:
+        engine = Hydra.create_main_hydra2(verb, create_config_search_path("pkg://lightning_cnn.conf"))
+        return engine.config_loader.load_configuration(verb, list(words), run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False)
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def problems(node: Any, path: str = "", allow: tuple[str, ...] = ()) -> Iterator[str]:
@@ -82,7 +88,7 @@ def resolve(target: str, allow: tuple[str, ...] = ()) -> Any:
     """
     refusal = (
         f"{target!r} is not on the list of what a configuration may build. "
-        "If you trust it, widen the list: +allow_packages=[PACKAGE], or build it in Python"
+        "If you trust it, widen the list: allow_packages=[PACKAGE], or build it in Python"
     )
     roots = {prefix.partition(".")[0] for prefix in (*CLASSES, *FUNCTIONS, *allow)}
     if not isinstance(target, str) or target.partition(".")[0] not in roots or not _plain(target):
@@ -187,14 +193,17 @@ def _known_keys(name: str) -> set[str]:
     return {*primary, *groups}.union(*(_known_keys(entry) for entry in entries if isinstance(entry, str) and entry != "_self_"))
 
 
-def _explained(message: str, verb: str) -> str:
+def _explained(message: str, verb: str, words: Sequence[str]) -> str:
     """Hydra's sentence about a key that does not exist, with the nearest one that does."""
     first = message.strip()
     if "Could not override" not in first:
         return first
-    key = first.split("'")[1].split(".")[0].lstrip("+~")
-    known = _known_keys(verb)
-    return f"{first}{_hint(key, known) if key not in known else ''}"
+    *parents, key = first.split("'")[1].lstrip("+~").split(".")
+    if parents and parents[0] not in _known_keys(verb):
+        return f"{first}{_hint(parents[0], _known_keys(verb))}"
+    rest = _composed(verb, [word for word in words if not word.lstrip("+~").startswith(".".join([*parents, key]))])
+    node = OmegaConf.select(rest, ".".join(parents)) if parents else rest
+    return f"{first}{_hint(key, node if isinstance(node, DictConfig) else ())}"
 
 
 def _hint(word: str, known: Any) -> str:
@@ -210,7 +219,11 @@ def _hints(found: Any) -> dict[str, Any]:
 
 
 def _named(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("Optional", "optional ")
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(_named(option) for option in typing.get_args(hint))
+    if hint is type(None):
+        return "None"
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def _fits(value: Any, hint: Any) -> bool:

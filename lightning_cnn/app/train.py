@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 
 import lightning as L
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from lightning_cnn.app import _build, _report
@@ -17,7 +16,7 @@ def run(config: DictConfig, folder: Path) -> float | None:
     config = _build.resolved(config, folder)
     _build.seed_everything(config.seed)
     if config.get("recipe"):
-        return _report.finish(folder, instantiate(config.recipe)(folder))
+        return _report.finish(folder, _build.built(config.recipe)(folder))
     data = _build.data(config)
     model = _build.model(config, data)
     trainer = _build.trainer(config, folder)
