@@ -1,0 +1,1 @@
+from .stochastic_rounding import StochasticRounding as StochasticRounding
