@@ -4,3 +4,8 @@ from .noise import DropConnectConv2d as DropConnectConv2d
 from .noise import DropConnectLinear as DropConnectLinear
 from .noise import Dropout as Dropout
 from .noise import StochasticDepth as StochasticDepth
+from .batch_norm import reestimate_batch_norm as reestimate_batch_norm
+from .features import features as features
+from .features import pooled as pooled
+from .stages import Stage as Stage
+from .stages import stages as stages
