@@ -1,11 +1,11 @@
+from .batch_norm import reestimate_batch_norm as reestimate_batch_norm
+from .features import features as features
+from .features import pooled as pooled
 from .inject import Injection as Injection
 from .inject import inject as inject
 from .noise import DropConnectConv2d as DropConnectConv2d
 from .noise import DropConnectLinear as DropConnectLinear
 from .noise import Dropout as Dropout
 from .noise import StochasticDepth as StochasticDepth
-from .batch_norm import reestimate_batch_norm as reestimate_batch_norm
-from .features import features as features
-from .features import pooled as pooled
 from .stages import Stage as Stage
 from .stages import stages as stages
