@@ -1,3 +1,13 @@
+from ._members import marginalized as marginalized
+from ._network_views import MCDropConnect as MCDropConnect
+from ._network_views import MCDropout as MCDropout
+from ._views import Augmented as Augmented
+from ._views import FiveCrop as FiveCrop
+from ._views import HorizontalFlip as HorizontalFlip
+from ._views import MultiScale as MultiScale
+from ._views import TenCrop as TenCrop
+from ._weight_views import Ensemble as Ensemble
+from ._weight_views import MCBatchNorm as MCBatchNorm
 from .batch_augmentation import BatchAugmentation as BatchAugmentation
 from .batch_norm_reestimation import BatchNormReestimation as BatchNormReestimation
 from .discriminative_lr import DiscriminativeLR as DiscriminativeLR
@@ -7,3 +17,4 @@ from .gradual_unfreezing import GradualUnfreezing as GradualUnfreezing
 from .l2_sp import L2SP as L2SP
 from .model_soup import ModelSoup as ModelSoup
 from .snapshot_ensemble import SnapshotEnsemble as SnapshotEnsemble
+from .marginalize import Marginalize as Marginalize
