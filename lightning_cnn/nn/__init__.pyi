@@ -1,0 +1,15 @@
+from .batch_norm import reestimate_batch_norm as reestimate_batch_norm
+from .features import features as features
+from .features import pooled as pooled
+from .fused_augmentation import FusedAugmentation as FusedAugmentation
+from .inject import Injection as Injection
+from .inject import inject as inject
+from .noise import DropConnectConv2d as DropConnectConv2d
+from .noise import DropConnectLinear as DropConnectLinear
+from .noise import Dropout as Dropout
+from .noise import StochasticDepth as StochasticDepth
+from .stages import Stage as Stage
+from .stages import stages as stages
+from .random_lens_distortion import RandomLensDistortion as RandomLensDistortion
+from .random_pca_lighting import RandomPCALighting as RandomPCALighting
+from .trivial_augment import TrivialAugment as TrivialAugment
