@@ -1,6 +1,7 @@
 """What was chosen for each layer, shape and pass, and why: as rows, as a table and as a picture."""
 
 from dataclasses import dataclass
+from io import StringIO
 
 from rich.console import Console
 from rich.table import Table
@@ -46,9 +47,9 @@ class Report:
         return self.table()
 
     def __str__(self) -> str:
-        console = Console(width=200, record=True, quiet=True)
+        console = Console(width=200, file=StringIO())
         console.print(self.table())
-        return console.export_text()
+        return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def report(model: nn.Module) -> Report:
@@ -76,7 +77,9 @@ def _row(name: str, call: Call, plan: str) -> Row:
         if decision is None:
             return Row(name, shape, call.role, "default", None, None, None, 0.0, "not measured")
         workspace = decision.workspace / 2**20
-        return Row(name, shape, call.role, decision.algorithm, decision.seconds, decision.speedup, decision.error, workspace, decision.reason)
+        return Row(
+            name, shape, call.role, decision.algorithm, decision.seconds, decision.speedup, decision.error, workspace, decision.reason
+        )
     asked = plan.split("/")[ROLES.index(call.role) if "/" in plan else 0]
     algorithm = algorithm_for(call, plan)
     reason = "as asked" if algorithm == asked else f"{asked} {load(asked).refuses(call)}"
@@ -89,5 +92,3 @@ def _silent(name: str, reason: str) -> Row:
 
 def _text(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-

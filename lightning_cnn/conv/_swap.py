@@ -98,10 +98,10 @@ def swap(
 ) -> nn.Module:
     """Let every `nn.Conv2d` of the model compute its convolution with `algorithm`, in place, and return the model.
 
-    `algorithm` is a name, 'auto' (measured for each layer, shape and pass), 'forward/input/weight' for a name a pass, or a mapping from layer
-    patterns to those: `{"layer1.*": "winograd4"}`; the first pattern that fits a layer counts. What an algorithm cannot do is done by the default,
-    and `report` says so. `max_error` and `max_workspace_mb` bound what 'auto' may choose, `cache` is the folder of its memory (None: no memory).
-    Subclasses of `nn.Conv2d` compute in their own way and are left alone.
+    `algorithm` is a name, 'auto' (measured for each layer, shape and pass), 'forward/input/weight' for a name a pass, or a mapping
+    from layer patterns to those: `{"layer1.*": "winograd4"}`; the first pattern that fits a layer counts. What an algorithm cannot do
+    is done by the default, and `report` says so. `max_error` and `max_workspace_mb` bound what 'auto' may choose, `cache` is the
+    folder of its memory (None: no memory). Subclasses of `nn.Conv2d` compute in their own way and are left alone.
     """
     settings = check(algorithm, max_error, max_workspace_mb, cache)
     patterns = {"*": algorithm} if isinstance(algorithm, str) else dict(algorithm)
@@ -169,15 +169,17 @@ def _plain(*tensors: Tensor) -> bool:
 
 def _problems(algorithm: Choice) -> list[str]:
     if isinstance(algorithm, Mapping):
-        return [problem for plan in algorithm.values() for problem in _problems(plan)] or ([] if algorithm else ["The mapping is empty."])
+        return [problem for plan in algorithm.values() for problem in _problems(plan)] or (
+            [] if algorithm else ["The mapping is empty."]
+        )
     names = str(algorithm).split("/")
     if algorithm == "auto" or (len(names) in (1, 3) and all(name in NAMES for name in names)):
         return []
-    return [f"There is no algorithm '{algorithm}'; choose 'auto', one of {', '.join(NAMES)}, or three of them as 'forward/input/weight'."]
+    return [
+        f"There is no algorithm '{algorithm}'; choose 'auto', one of {', '.join(NAMES)}, or three of them as 'forward/input/weight'."
+    ]
 
 
 def _some(layers: Mapping[str, nn.Module]) -> str:
     names = list(layers)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-

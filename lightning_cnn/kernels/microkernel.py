@@ -1,8 +1,8 @@
 """Two inner loops held in vector registers; numba's loops spill them to memory, so they are written as LLVM instructions.
 
-`multiply_6x16` is six rows and sixteen columns of a matrix product: twelve vector sums, two loads and six broadcasts a step, which is what
-the sixteen registers of AVX2 hold. `sandwich(matrix)` makes a loop that computes `matrix @ tile @ matrix.T` for eight channels at once, for
-any constant matrix. Both take flat float32 arrays and offsets into them.
+`multiply_6x16` is six rows and sixteen columns of a matrix product: twelve vector sums, two loads and six broadcasts a step, which is
+what the sixteen registers of AVX2 hold. `sandwich(matrix)` makes a loop that computes `matrix @ tile @ matrix.T` for eight channels
+at once, for any constant matrix. Both take flat float32 arrays and offsets into them.
 
 Source: Goto & van de Geijn 2008, "Anatomy of high-performance matrix multiplication", section 5.
 """
@@ -134,7 +134,11 @@ def _combine(builder, matrix, line):
     values, i = [], 0
     while i < len(matrix):
         pair = matrix[i : i + 2]
-        if len(pair) == 2 and all(a == b or a == -b for a, b in zip(*pair, strict=True)) and any(a == b != 0 for a, b in zip(*pair, strict=True)):
+        if (
+            len(pair) == 2
+            and all(a == b or a == -b for a, b in zip(*pair, strict=True))
+            and any(a == b != 0 for a, b in zip(*pair, strict=True))
+        ):
             even = _weighted(builder, [(a if a == b else 0) for a, b in zip(*pair, strict=True)], line)
             odd = _weighted(builder, [(a if a != b else 0) for a, b in zip(*pair, strict=True)], line)
             values += [builder.fadd(even, odd), builder.fsub(even, odd)]
