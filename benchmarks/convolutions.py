@@ -102,11 +102,11 @@ def depthwise(quick: bool, threads: int) -> list[Row]:
 
 def networks(quick: bool, threads: int) -> list[Row]:
     rows = []
-    for name, bars in list(NETWORKS.items())[1:2] if quick else NETWORKS.items():
+    for name, bars in list(NETWORKS.items())[:2] if quick else NETWORKS.items():
         for batch in (1,) if quick else (1, 8) if name == "resnet18" else (1,):
             model = getattr(torchvision.models, name)().eval()
             x = torch.randn(batch, 3, 224, 224)
-            rows += versus_stock(f"infer {name}, batch {batch}", model, x, infer, 3 if quick else 9, bars[min(threads, 2) - 1])
+            rows += versus_stock(f"infer {name}, batch {batch}", model, x, infer, 5 if quick else 9, bars[min(threads, 2) - 1])
     return rows
 
 
