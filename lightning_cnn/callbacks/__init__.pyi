@@ -12,9 +12,11 @@ from .batch_augmentation import BatchAugmentation as BatchAugmentation
 from .batch_norm_reestimation import BatchNormReestimation as BatchNormReestimation
 from .discriminative_lr import DiscriminativeLR as DiscriminativeLR
 from .ema import EMA as EMA
+from .evaluation_report import EvaluationReport as EvaluationReport
 from .frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm
 from .gradual_unfreezing import GradualUnfreezing as GradualUnfreezing
 from .l2_sp import L2SP as L2SP
+from .marginalize import Marginalize as Marginalize
 from .model_soup import ModelSoup as ModelSoup
 from .snapshot_ensemble import SnapshotEnsemble as SnapshotEnsemble
-from .marginalize import Marginalize as Marginalize
+from .temperature_scaling import TemperatureScaling as TemperatureScaling
