@@ -13,9 +13,11 @@ from .batch_norm_reestimation import BatchNormReestimation as BatchNormReestimat
 from .discriminative_lr import DiscriminativeLR as DiscriminativeLR
 from .ema import EMA as EMA
 from .feature_cache import FeatureCache as FeatureCache
+from .evaluation_report import EvaluationReport as EvaluationReport
 from .frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm
 from .gradual_unfreezing import GradualUnfreezing as GradualUnfreezing
 from .l2_sp import L2SP as L2SP
 from .marginalize import Marginalize as Marginalize
 from .model_soup import ModelSoup as ModelSoup
 from .snapshot_ensemble import SnapshotEnsemble as SnapshotEnsemble
+from .temperature_scaling import TemperatureScaling as TemperatureScaling
