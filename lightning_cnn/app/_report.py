@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_cnn import plot
+from lightning_cnn.functional.batch import Batch
 
 
 def finish(folder: Path, numbers: Mapping[str, float], *, title: str | None = None, loaded: Any = None) -> float | None:
@@ -63,9 +64,9 @@ def confusion(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDat
 def augmentation_grid(folder: Path, augmentation: Any, data: L.LightningDataModule, count: int = 6) -> None:
     """Some training pictures, each beside what the augmentation makes of it in eight epochs."""
     batch = next(iter(data.train_dataloader()))
-    plot.augmentation_grid(augmentation, batch.replace(**{n: getattr(batch, n)[:count] for n in ("image", "label", "index")})).savefig(
-        folder / "augmentation.png"
-    )
+    if isinstance(batch, Batch):
+        some = Batch(batch.image[:count], batch.label[:count], batch.index[:count])
+        plot.augmentation_grid(augmentation, some).savefig(folder / "augmentation.png")
 
 
 def _learning_rates(path: Path) -> tuple[list[int], dict[str, list[float]]] | None:
