@@ -81,7 +81,9 @@ def depthwise(quick: bool, threads: int) -> list[Row]:
     rows = []
     for b, c, size, kernel, bar in DEPTHWISE[:1] if quick else DEPTHWISE:
         x = torch.randn(b, c, size, size, requires_grad=True)
-        rows += versus_stock(f"train depthwise {b}x{c}x{size} {kernel}x{kernel}", layer_of(c, c, kernel, 1, c), x, train, 5 if quick else 9, bar)
+        rows += versus_stock(
+            f"train depthwise {b}x{c}x{size} {kernel}x{kernel}", layer_of(c, c, kernel, 1, c), x, train, 5 if quick else 9, bar
+        )
     return rows
 
 
@@ -116,7 +118,17 @@ def error(quick: bool, threads: int) -> list[Row]:
     for dtype in (torch.float32, torch.bfloat16):
         for name in NAMES:
             groups = 256 if name == "depthwise" else 1
-            call = Call("forward", (2, 256, 14, 14), (256, 256 // groups, 3, 3), Geometry(padding=(1, 1), groups=groups), dtype, "cpu", False, 1, False)
+            call = Call(
+                "forward",
+                (2, 256, 14, 14),
+                (256, 256 // groups, 3, 3),
+                Geometry(padding=(1, 1), groups=groups),
+                dtype,
+                "cpu",
+                False,
+                1,
+                False,
+            )
             if not load(name).refuses(call):
                 stock = rms_error(call, "default")
                 row = f"error 256 channels {str(dtype)[6:]} {name}"
@@ -144,7 +156,17 @@ def _installed_peers() -> list[Row]:
         with torch.inference_mode():
             ours(x), theirs()
             times = medians(interleave({"ours": lambda f=ours, x=x: seconds(lambda: f(x)), "theirs": lambda f=theirs: seconds(f)}, 9))
-        rows.append(compare(f"layer 1x{c}x56 31x31 groups {groups}", "fft-conv-pytorch", times["ours"] * 1e3, times["theirs"] * 1e3, "ms", larger_is_better=False, n=9))
+        rows.append(
+            compare(
+                f"layer 1x{c}x56 31x31 groups {groups}",
+                "fft-conv-pytorch",
+                times["ours"] * 1e3,
+                times["theirs"] * 1e3,
+                "ms",
+                larger_is_better=False,
+                n=9,
+            )
+        )
     return rows
 
 
@@ -170,7 +192,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    rows = [row for name, section in sections.items() if arguments.only in (None, name) for row in section(arguments.quick, arguments.threads)]
+    rows = [
+        row
+        for name, section in sections.items()
+        if arguments.only in (None, name)
+        for row in section(arguments.quick, arguments.threads)
+    ]
     for row in rows:
         row.row += f", {arguments.threads} thread" + "s" * (arguments.threads > 1)
     report(rows + (peers() if arguments.only in (None, "peers") else []), arguments.json)

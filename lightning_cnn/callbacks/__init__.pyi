@@ -12,8 +12,8 @@ from .batch_augmentation import BatchAugmentation as BatchAugmentation
 from .batch_norm_reestimation import BatchNormReestimation as BatchNormReestimation
 from .discriminative_lr import DiscriminativeLR as DiscriminativeLR
 from .ema import EMA as EMA
-from .feature_cache import FeatureCache as FeatureCache
 from .evaluation_report import EvaluationReport as EvaluationReport
+from .feature_cache import FeatureCache as FeatureCache
 from .frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm
 from .gradual_unfreezing import GradualUnfreezing as GradualUnfreezing
 from .l2_sp import L2SP as L2SP

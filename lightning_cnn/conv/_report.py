@@ -76,7 +76,9 @@ def _row(name: str, call: Call, plan: str) -> Row:
         if decision is None:
             return Row(name, shape, call.role, "default", None, None, None, 0.0, "not measured")
         workspace = decision.workspace / 2**20
-        return Row(name, shape, call.role, decision.algorithm, decision.seconds, decision.speedup, decision.error, workspace, decision.reason)
+        return Row(
+            name, shape, call.role, decision.algorithm, decision.seconds, decision.speedup, decision.error, workspace, decision.reason
+        )
     asked = plan.split("/")[ROLES.index(call.role) if "/" in plan else 0]
     algorithm = algorithm_for(call, plan)
     reason = "as asked" if algorithm == asked else f"{asked} {load(asked).refuses(call)}"
@@ -89,5 +91,3 @@ def _silent(name: str, reason: str) -> Row:
 
 def _text(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-

@@ -169,15 +169,17 @@ def _plain(*tensors: Tensor) -> bool:
 
 def _problems(algorithm: Choice) -> list[str]:
     if isinstance(algorithm, Mapping):
-        return [problem for plan in algorithm.values() for problem in _problems(plan)] or ([] if algorithm else ["The mapping is empty."])
+        return [problem for plan in algorithm.values() for problem in _problems(plan)] or (
+            [] if algorithm else ["The mapping is empty."]
+        )
     names = str(algorithm).split("/")
     if algorithm == "auto" or (len(names) in (1, 3) and all(name in NAMES for name in names)):
         return []
-    return [f"There is no algorithm '{algorithm}'; choose 'auto', one of {', '.join(NAMES)}, or three of them as 'forward/input/weight'."]
+    return [
+        f"There is no algorithm '{algorithm}'; choose 'auto', one of {', '.join(NAMES)}, or three of them as 'forward/input/weight'."
+    ]
 
 
 def _some(layers: Mapping[str, nn.Module]) -> str:
     names = list(layers)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-

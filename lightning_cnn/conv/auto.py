@@ -91,4 +91,6 @@ class ConvAlgorithm(Callback):
         self.report = report(pl_module)
         _swap.restore(pl_module)
         chosen = Counter(row.algorithm for row in self.report.rows)
-        log.info("Convolution passes by algorithm: %s.", ", ".join(f"{name} {many}" for name, many in chosen.most_common()) or "none seen")
+        log.info(
+            "Convolution passes by algorithm: %s.", ", ".join(f"{name} {many}" for name, many in chosen.most_common()) or "none seen"
+        )

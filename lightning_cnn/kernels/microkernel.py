@@ -134,7 +134,11 @@ def _combine(builder, matrix, line):
     values, i = [], 0
     while i < len(matrix):
         pair = matrix[i : i + 2]
-        if len(pair) == 2 and all(a == b or a == -b for a, b in zip(*pair, strict=True)) and any(a == b != 0 for a, b in zip(*pair, strict=True)):
+        if (
+            len(pair) == 2
+            and all(a == b or a == -b for a, b in zip(*pair, strict=True))
+            and any(a == b != 0 for a, b in zip(*pair, strict=True))
+        ):
             even = _weighted(builder, [(a if a == b else 0) for a, b in zip(*pair, strict=True)], line)
             odd = _weighted(builder, [(a if a != b else 0) for a, b in zip(*pair, strict=True)], line)
             values += [builder.fadd(even, odd), builder.fsub(even, odd)]

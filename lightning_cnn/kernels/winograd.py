@@ -15,7 +15,14 @@ from lightning_cnn.kernels.microkernel import COLUMNS, LANES, ROWS, multiply_6x1
 # B^T and A^T of `functional.conv.winograd.cook_toom`, the test compares them.
 INPUT_2 = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, -1, 0, 1))
 OUTPUT_2 = ((1, 1, 1, 0), (0, 1, -1, 1))
-INPUT_4 = ((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0), (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1))
+INPUT_4 = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
 OUTPUT_4 = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 _input_2, _output_2, _input_4, _output_4 = (sandwich(matrix) for matrix in (INPUT_2, OUTPUT_2, INPUT_4, OUTPUT_4))
 

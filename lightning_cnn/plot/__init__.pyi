@@ -1,6 +1,6 @@
 from .augmentation_grid import augmentation_grid as augmentation_grid
-from .conv_report import conv_report as conv_report
 from .confusion_matrix import confusion_matrix as confusion_matrix
+from .conv_report import conv_report as conv_report
 from .ladder import ladder as ladder
 from .picture_grid import picture_grid as picture_grid
 from .rejection_curve import rejection_curve as rejection_curve

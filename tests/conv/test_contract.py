@@ -146,7 +146,9 @@ class Net(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(3, 16, 5, padding="same", padding_mode="reflect")
         self.wide = nn.Conv2d(16, 16, 7, padding=3, groups=16)
-        self.block = nn.Sequential(nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1, bias=False), nn.Conv2d(8, 4, 2, stride=2))
+        self.block = nn.Sequential(
+            nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1, bias=False), nn.Conv2d(8, 4, 2, stride=2)
+        )
 
     def forward(self, x):
         return self.block(self.wide(self.first(x)))

@@ -202,8 +202,8 @@ def _row(name: str, scores: dict[str, list[float]], seconds: dict[str, list[floa
 
 
 def _show(rows: list[tuple[str, ...]], folder: Path, letters: float, ladder: DigitsLadder) -> None:
-    title = f"{ladder.shots} labelled pictures a class, {ladder.seeds} seeds, 600 test pictures"
-    header = ("rung", "accuracy", "to the rung before (± standard error, paired)", "seconds")
+    title = f"{ladder.shots} labelled pictures a class, {ladder.seeds} seeds, 600 test pictures; differences are paired, ± their standard error"
+    header = ("rung", "accuracy", "to the rung before", "seconds")
     table = Table(*header, title=title)
     for row in rows:
         table.add_row(*row)

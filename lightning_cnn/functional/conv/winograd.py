@@ -34,7 +34,9 @@ def cook_toom(m: int, r: int) -> tuple[Matrix, Matrix, Matrix]:
     scale = [prod((a - b for b in points if b != a), start=Fraction(1)) for a in points]
     # The last point is infinity: the value there is the highest coefficient.
     A = tuple(tuple(a**i for a in points) + (Fraction(i == m - 1),) for i in range(m))
-    G = tuple(tuple(a**j / s for j in range(r)) for a, s in zip(points, scale, strict=True)) + (tuple(Fraction(j == r - 1) for j in range(r)),)
+    G = tuple(tuple(a**j / s for j in range(r)) for a, s in zip(points, scale, strict=True)) + (
+        tuple(Fraction(j == r - 1) for j in range(r)),
+    )
     B = tuple(_polynomial([b for b in points if b != a], m + r - 1) for a in points) + (_polynomial(points, m + r - 1),)
     if B[0][0] < 0:
         B, G = (_negated_first(M) for M in (B, G))
