@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 from lightning_cnn.errors import NoEffectWarning, raise_all
 from lightning_cnn.functional.rounding import FLOATS, as_format, round_nearest
 from lightning_cnn.precision import _shadow, _states
+from lightning_cnn.precision._layers import NORMS
 from lightning_cnn.precision._shard import write_back
 
 log = logging.getLogger(__name__)
 HELD = [name for name, format in FLOATS.items() if format.mantissa <= 7]  # what a bfloat16 tensor holds exactly
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 class StochasticRounding(Precision):
