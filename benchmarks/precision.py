@@ -26,25 +26,25 @@ def moments(weight, gradient, m, v):
     return weight * (1 - LR * DECAY) - LR * m / (v.sqrt() + EPS)
 
 
-@torch.compile(dynamic=True)
+@torch.compile
 def adamw_float32(weight, gradient, m, v):
     weight.copy_(moments(weight, gradient, m, v))
 
 
-@torch.compile(dynamic=True)
+@torch.compile
 def adamw_stochastic(weight, gradient, m, v, step):
     new = moments(weight.float(), gradient.float(), m, v)
     round_stochastic(new, "bf16", step=step, out=weight)
 
 
-@torch.compile(dynamic=True)
+@torch.compile
 def adamw_nearest(weight, gradient, m, v):
     weight.copy_(moments(weight.float(), gradient.float(), m, v))
 
 
 def tensors(dtype):
     weight, gradient = torch.randn(SIZE).mul_(0.05).to(dtype), torch.randn(SIZE).mul_(0.01).to(dtype)
-    return weight, gradient, torch.zeros(SIZE), torch.zeros(SIZE)
+    return weight, gradient, torch.zeros(SIZE), torch.full(SIZE, 1e-4)
 
 
 def parameter(dtype):

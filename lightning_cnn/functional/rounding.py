@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_cnn.errors import ConfigurationError
@@ -83,9 +82,7 @@ def as_format(format: str | tuple[int, int] | Format) -> Format:
     raise ConfigurationError(f"No number format {format!r}. Choose one of {', '.join(FLOATS)} or a pair (integer_bits, fraction_bits).")
 
 
-def round_nearest(
-    x: Float[Tensor, "..."], format: str | tuple[int, int] | Format | None = None, *, grid: float | None = None
-) -> Float[Tensor, "..."]:
+def round_nearest(x: Tensor, format: str | tuple[int, int] | Format | None = None, *, grid: float | None = None) -> Tensor:
     """The number of the format (or multiple of `grid`) nearest to x, ties to even; in the format's dtype (fixed point: float32).
 
     >>> round_nearest(torch.tensor([1.001, -100.0]), (6, 10)).tolist()
@@ -97,14 +94,14 @@ def round_nearest(
 
 
 def round_stochastic(
-    x: Float[Tensor, "..."],
+    x: Tensor,
     format: str | tuple[int, int] | Format | None = None,
     *,
     grid: float | None = None,
     seed: int = 0,
     step: int | Tensor = 0,
     stream: int | str = 0,
-    index: int | Int[Tensor, "..."] = 0,
+    index: int | Tensor = 0,
     out: Tensor | None = None,
 ) -> Tensor:
     """One of the two neighbours of x in the format (or on the `grid`), chosen so that the mean over steps is x.

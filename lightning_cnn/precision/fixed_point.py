@@ -47,6 +47,7 @@ class FixedPoint(Precision):
         self.rounding, self.of, self.seed = rounding, tuple(of), seed
         self.formats = {name: (integer_bits, fraction_bits) for name in self.of} | dict(formats or {})
         self.overflow: dict[str, Tensor] = {}
+        self._warned: set[str] = set()
         self._step = 0
         self._calls: dict[str, int] = {}
         self._hooks: list[Any] = []
@@ -152,13 +153,14 @@ class FixedPoint(Precision):
         for logger in trainer.loggers:
             logger.log_metrics(shares, step=self._step)
         worst = max(shares, key=shares.__getitem__, default=None)
-        if worst is not None and shares[worst] > SATURATED:
+        if worst is not None and shares[worst] > SATURATED and worst not in self._warned:
+            self._warned.add(worst)
             quantity = worst.split("/")[1]
             target = _format(self.formats[quantity])
             warnings.warn(
                 f"{shares[worst]:.1%} of {worst.removeprefix('overflow/')} lie outside {target.name}, "
-                f"[{target.low:g}, {target.high:g}], and saturate. Give {quantity} more integer_bits (and as many fraction_bits fewer), "
-                "or scale the input or the loss.",
+                f"[{target.low:g}, {target.high:g}], and saturate. Give {quantity} more integer_bits, or scale "
+                "the input or the loss.",
                 stacklevel=2,
             )
 
