@@ -4,6 +4,7 @@ Nothing heavy is imported before the configuration has passed its check, so `--h
 """
 
 import importlib
+import logging
 import os
 import re
 import sys
@@ -81,6 +82,7 @@ def _hydra(verb: str, overrides: list[str]) -> None:
 
         folder = Path(HydraConfig.get().runtime.output_dir)
         module = importlib.import_module(f"lightning_cnn.app.{verb}")
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notes on hardware and products are not this run's
         return module.run(config, folder)
 
     sys.argv = [f"lightning-cnn {verb}", *overrides]

@@ -66,8 +66,7 @@ class BatchAugmentation(BatchTransform):
         """The fields of one batch with the noise of `key` (from `functional.counter.key`) for the samples of `index`."""
         if not self.augment:
             return list(values)
-        with KeyedRandom(key, index):
-            results = self._pipeline(*(_to_unit(value) for value in values))
+        results = self._pipeline(KeyedRandom(key, index), *(_to_unit(value) for value in values))
         results = results if isinstance(results, (list, tuple)) else [results]
         return [_like(result, value) for result, value in zip(results, values, strict=True)]
 
@@ -82,17 +81,26 @@ class BatchAugmentation(BatchTransform):
             for step in steps
             if not isinstance(step, nn.Module)
         )
-        return AugmentationSequential(*steps, data_keys=list(self.data_keys.values()))
+        container = AugmentationSequential(*steps, data_keys=list(self.data_keys.values()))
+        return lambda noise, *values: _within(noise, container, *values)
 
 
 class _Chain:
-    def __init__(self, steps: Sequence[Callable[[Tensor], Tensor]]) -> None:
+    def __init__(self, steps: Sequence[Callable[..., Tensor]]) -> None:
         self.steps = steps
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def __call__(self, noise: KeyedRandom, image: Tensor) -> Tensor:
         for step in self.steps:
-            image = step(image)
+            if getattr(step, "draws_first", False):
+                image = step(image, params=_within(noise, step.forward_parameters, image.shape))  # pyright: ignore
+            else:
+                image = _within(noise, step, image)
         return image
+
+
+def _within(noise: KeyedRandom, function: Callable[..., Any], *args: Any) -> Any:
+    with noise:
+        return function(*args)
 
 
 def _to_unit(value: Tensor) -> Tensor:

@@ -4,3 +4,4 @@ from ._pack import pack as pack
 from .digits import Digits as Digits
 from .image_folders import ImageFolders as ImageFolders
 from .letters import Letters as Letters
+from .packed import PackedDataModule as PackedDataModule

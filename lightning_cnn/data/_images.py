@@ -1,6 +1,6 @@
 """`PackedImages`: packed files as a map-style dataset for anyone's DataLoader."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,8 @@ class PackedImages(Dataset):
         _check_alike(self.files)
         lengths = [len(file.index) for file in self.files]
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
-        self._checked = np.full(self.starts[-1], self._verify != "sample")
+        self.labels = np.concatenate([file.index["label"] for file in self.files])
+        self._checked = np.full(len(self.labels), self._verify != "sample")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -44,11 +45,6 @@ class PackedImages(Dataset):
             raise IndexError(f"sample {index} of {len(self)}")
         pixels = self.pixels(index % len(self))
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), int(self.labels[index])
-
-    @property
-    def labels(self) -> np.ndarray:
-        """The label of every sample, int64."""
-        return np.concatenate([file.index["label"] for file in self.files])
 
     @property
     def codec(self) -> str:
@@ -75,12 +71,27 @@ class PackedImages(Dataset):
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.files[shard], index - int(self.starts[shard])
 
-    def stored(self, index: int) -> np.ndarray:
-        """The stored bytes of a sample, verified; a view that must not be written to."""
-        file, position = self.locate(index)
-        if not self._checked[index]:
+    def by_file(self, indices: np.ndarray) -> Iterator[tuple[Packed, np.ndarray, np.ndarray]]:
+        """(file, positions within `indices`, index entries) for each file that holds some of them."""
+        if len(self.files) == 1:
+            yield self.files[0], np.arange(len(indices)), self.files[0].index[indices]
+            return
+        shard = np.searchsorted(self.starts, indices, side="right") - 1
+        for k in np.unique(shard):
+            entry = np.flatnonzero(shard == k)
+            yield self.files[k], entry, self.files[k].index[indices[entry] - self.starts[k]]
+
+    def verify(self, indices: np.ndarray) -> None:
+        """Compare with their checksums those samples that this process has not read before."""
+        for index in indices[~self._checked[indices]]:
+            file, position = self.locate(int(index))
             file.check_sample(position)
             self._checked[index] = True
+
+    def stored(self, index: int) -> np.ndarray:
+        """The stored bytes of a sample, verified; a view that must not be written to."""
+        self.verify(np.array([index]))
+        file, position = self.locate(index)
         return file.sample(position)
 
     def pixels(self, index: int) -> np.ndarray:

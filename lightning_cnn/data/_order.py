@@ -13,10 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from lightning_cnn.errors import CheckpointError, ConfigurationError, raise_all
 from lightning_cnn.functional import counter
+
+Draw = Callable[[int], np.ndarray]  # from the key of an epoch to its sample indices
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Order:
     batch_size: int
     seed: int = 0
     drop_last: bool = False
-    draw: Callable[[int], np.ndarray] | None = None
+    draw: Draw | None = None
     num_replicas: int | None = None
     rank: int | None = None
     epoch: int = 0
@@ -122,6 +125,43 @@ class Order:
         return np.array_split(part, ranks)[rank]
 
 
-def shuffled(samples: int) -> Callable[[int], np.ndarray]:
+def shuffled(samples: int) -> Draw:
     """Every sample once, in an order that depends on the key alone."""
     return lambda key: counter.permutation(key, samples).numpy()
+
+
+def balanced(labels: np.ndarray) -> Draw:
+    """As many draws as samples, every class equally often (to within one draw); see `weighted`."""
+    _, position, count = np.unique(labels, return_inverse=True, return_counts=True)
+    return weighted(1 / count[position], groups=position)
+
+
+def weighted(weights: np.ndarray, groups: np.ndarray | None = None) -> Draw:
+    """As many draws as samples, each sample in proportion to its weight, to within one draw for every group.
+
+    Systematic sampling: one point in each of n equal slices of the cumulated weights. The k-th repetition of sample i in an epoch is
+    drawn as i + k * n, so that it has noise of its own.
+    """
+    n = len(weights)
+
+    def draw(key: int) -> np.ndarray:
+        arranged = counter.permutation(key, n).numpy()
+        if groups is not None:
+            arranged = arranged[np.argsort(groups[arranged], kind="stable")]
+        edges = np.cumsum(np.asarray(weights, np.float64)[arranged])
+        points = (np.arange(n) + counter.uniform(key, torch.arange(n)).numpy()) / n
+        chosen = np.sort(arranged[np.minimum(np.searchsorted(edges / edges[-1], points, side="right"), n - 1)])
+        repetition = np.arange(n) - np.searchsorted(chosen, chosen)
+        return (chosen + repetition * n)[counter.permutation(counter.key(key, "shuffle"), n).numpy()]
+
+    return draw
+
+
+def within(subset: np.ndarray, draw: Draw | None, total: int) -> Draw:
+    """The order of a draw over `len(subset)` samples, as samples of the dataset of `total` that the subset is part of."""
+
+    def chosen(key: int) -> np.ndarray:
+        drawn = np.arange(len(subset)) if draw is None else draw(key)
+        return subset[drawn % len(subset)] + drawn // len(subset) * total
+
+    return chosen

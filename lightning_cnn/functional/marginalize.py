@@ -7,11 +7,14 @@ Source: CS231n 2016, lecture 11, "Convolutional neural networks in practice" (tr
 Gal & Ghahramani 2016, arXiv:1506.02142; Houlsby et al. 2011, arXiv:1112.5745 (mutual information).
 """
 
+from functools import lru_cache
 from math import log
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
+
+from lightning_cnn.functional import counter
 
 
 def log_mean_prob(log_prob: Float[Tensor, "k b c"]) -> Float[Tensor, "b c"]:
@@ -36,3 +39,26 @@ def expected_entropy(log_prob: Float[Tensor, "k b c"]) -> Float[Tensor, " b"]:
 def mutual_information(log_prob: Float[Tensor, "k b c"]) -> Float[Tensor, " b"]:
     """How much the members disagree: zero when all are equal, never negative, and at most log k."""
     return (entropy(log_mean_prob(log_prob)) - expected_entropy(log_prob)).clamp(min=0)
+
+
+def content_index(image: Shaped[Tensor, "b ..."]) -> Int64[Tensor, " b"]:
+    """A 31-bit number of each picture's content, for keying noise by sample where a batch does not say which samples it holds.
+
+    Equal pictures get equal numbers in any batch, layout, order or process; a picture that differs in one element gets another.
+    """
+    flat = image.detach().reshape(len(image), -1)
+    size = flat.element_size()
+    words = flat.view(torch.int32 if size >= 4 else (torch.int16 if size == 2 else torch.uint8)).to(torch.int32)
+    total = (words * _odd_words(words.shape[1], words.device)).sum(1, dtype=torch.int64)
+    return counter.bits(0, total).long() & 0x7FFFFFFF
+
+
+def row_index(key: int, sample: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
+    """A 31-bit number of each sample for one member: what the member's masks are drawn from."""
+    return counter.bits(key, sample).long() & 0x7FFFFFFF
+
+
+@lru_cache(maxsize=8)
+def _odd_words(n: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return counter.bits(counter.key(0, "content"), torch.arange(n, device=device)) | 1

@@ -4,14 +4,28 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from kornia import augmentation as K
+from kornia.augmentation import RandomErasing
 
 from lightning_cnn.errors import raise_all
+from lightning_cnn.nn.fused_augmentation import FusedAugmentation
+from lightning_cnn.nn.trivial_augment import TrivialAugment
 
+JITTER: dict[str, Any] = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+AFFINE: dict[str, Any] = {"rotate_deg": 15.0, "translate": 0.1, "scale": (0.9, 1.1), "shear_deg": 10.0, "stretch": 0.1}
 MENU: dict[str, Callable[[], list[Any]]] = {
-    "flip": lambda: [K.RandomHorizontalFlip(p=0.5)],
-    "affine": lambda: [K.RandomAffine(15.0, (0.1, 0.1), (0.9, 1.1), 10.0, p=1.0)],
-    "jitter": lambda: [K.ColorJiggle(0.4, 0.4, 0.4, 0.1, p=1.0)],
+    "flip": lambda: [FusedAugmentation(flip=0.5)],
+    "crop": lambda: [FusedAugmentation(crop=(0.25, 1.0))],
+    "scale": lambda: [FusedAugmentation(scale=(0.75, 1.33))],
+    "jitter": lambda: [FusedAugmentation(**JITTER)],
+    "lighting": lambda: [FusedAugmentation(lighting=0.1)],
+    "affine": lambda: [FusedAugmentation(**AFFINE)],
+    "lens": lambda: [FusedAugmentation(lens=0.1, lens_tangential=0.02)],
+    "imagenet": lambda: [
+        FusedAugmentation(flip=0.5, crop=(0.08, 1.0), **JITTER, lighting=0.1)
+    ],  # AlexNet to ResNet: arXiv:1512.03385, 3.4
+    "cifar": lambda: [FusedAugmentation(flip=0.5, pad_crop_px=4)],  # Lee et al. 2015, arXiv:1409.5185
+    "heavy": lambda: [FusedAugmentation(flip=0.5, **AFFINE, **JITTER, lens=0.1, lighting=0.1), RandomErasing(p=0.25)],
+    "trivial": lambda: [FusedAugmentation(flip=0.5), TrivialAugment()],  # Mueller & Hutter 2021, arXiv:2103.10158
 }
 
 

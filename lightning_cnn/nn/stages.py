@@ -175,12 +175,19 @@ def _watching(model: nn.Module, runs: dict) -> Iterator[None]:
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    # Other hooks are somebody's records of real data: put aside for the moment.
+    others = {module: (module._forward_hooks.copy(), module._forward_pre_hooks.copy()) for module in model.modules()}
+    for name, module in model.named_modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        module.register_forward_hook(watch(name))
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, (after, before) in others.items():
+            module._forward_hooks.clear()
+            module._forward_hooks.update(after)
+            module._forward_pre_hooks.update(before)
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class Module(L.LightningModule):
 
 def fit(module, *callbacks, epochs: int = 2, data=None, val=None, ckpt_path=None, **settings):
     trainer = L.Trainer(max_epochs=epochs, callbacks=list(callbacks), **{**QUIET, **settings})
-    trainer.fit(module, data or loader(), val, ckpt_path=ckpt_path)
+    trainer.fit(module, loader() if data is None else data, val, ckpt_path=ckpt_path)
     return trainer
 
 

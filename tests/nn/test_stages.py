@@ -53,6 +53,15 @@ def test_looking_for_stages_changes_nothing():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_other_hooks_do_not_see_the_look_and_stay():
+    model, seen = torchvision.models.squeezenet1_0(num_classes=3), []
+    model.features[3].register_forward_hook(lambda *_: seen.append(1))
+    stages(model)
+    assert not seen
+    model(torch.zeros(1, 3, 32, 32))
+    assert seen == [1]
+
+
 def test_a_wrapper_is_looked_through_and_its_own_parameters_go_to_the_head():
     class Wrapper(nn.Module):
         def __init__(self):

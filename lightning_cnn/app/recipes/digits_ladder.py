@@ -59,7 +59,7 @@ class DigitsLadder:
         views: augmented views averaged over, beside the plain picture.
     """
 
-    def __init__(self, *, seeds: int = 5, shots: int = 3, epochs: int = 200, pretraining_epochs: int = 30, views: int = 16) -> None:
+    def __init__(self, *, seeds: int = 5, shots: int = 3, epochs: int = 100, pretraining_epochs: int = 30, views: int = 16) -> None:
         least = {"seeds": 2, "shots": 1, "epochs": 1, "pretraining_epochs": 1, "views": 1}
         given = {"seeds": seeds, "shots": shots, "epochs": epochs, "pretraining_epochs": pretraining_epochs, "views": views}
         raise_all(
@@ -70,6 +70,14 @@ class DigitsLadder:
     def __call__(self, folder: Path) -> Mapping[str, float]:
         """Climb, print the table, write the pictures and `report.md` into `folder`; returns the mean accuracy of each rung."""
         folder.mkdir(parents=True, exist_ok=True)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # networks this small only wait for a second thread
+        try:
+            return self._all(folder)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _all(self, folder: Path) -> Mapping[str, float]:
         weights = folder / "letters.safetensors"
         scores: dict[str, list[float]] = {}
         seconds: dict[str, list[float]] = {}
