@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_cnn.precision import StochasticRounding
+from lightning_cnn.precision import FixedPoint, StochasticRounding
 
 
 def bfloat16_except_norms(name: str, weight: Tensor) -> bool:
     return weight.dtype == (torch.float32 if "norm" in name else torch.bfloat16)
+
+
+def fixed_point_except_norms(name: str, weight: Tensor) -> bool:
+    return "norm" in name or bool((weight * 1024 == (weight * 1024).round()).all() and weight.abs().max() <= 32)
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Case:
 CASES = {
     "stochastic_rounding": Case(lambda: StochasticRounding(seed=3), bfloat16_except_norms),
     "stochastic_rounding_8bit_states": Case(lambda: StochasticRounding(seed=3, states="8bit", bucket_mib=1e-3), bfloat16_except_norms),
+    "fixed_point": Case(lambda: FixedPoint(seed=3), fixed_point_except_norms),
 }
 each_plugin = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
