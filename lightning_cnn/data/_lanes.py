@@ -123,7 +123,9 @@ class FusedLane:
 class PackedLoader(CountedLoader):
     """Batches of a lane, made ahead by GIL-free threads that share each batch between them."""
 
-    def __init__(self, lane: GatherLane | FusedLane, labels: np.ndarray, order: Order, *, threads: int, ahead: int, pinned: bool) -> None:
+    def __init__(
+        self, lane: GatherLane | FusedLane, labels: np.ndarray, order: Order, *, threads: int, ahead: int, pinned: bool
+    ) -> None:
         super().__init__(order)
         self._lane, self._labels, self._threads, self._ahead = lane, torch.from_numpy(labels), threads, ahead
         # The last batch of an epoch may hold up to two samples more than batch_size (see `Order`).

@@ -1,6 +1,9 @@
 from .confusion_matrix import confusion_matrix as confusion_matrix
 from .ladder import ladder as ladder
+from .layer_accuracy import layer_accuracy as layer_accuracy
+from .neighbours import neighbours as neighbours
 from .picture_grid import picture_grid as picture_grid
+from .projection import projection as projection
 from .rejection_curve import rejection_curve as rejection_curve
 from .reliability_diagram import reliability_diagram as reliability_diagram
 from .schedule import schedule as schedule
