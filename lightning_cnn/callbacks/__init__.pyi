@@ -22,3 +22,4 @@ from .marginalize import Marginalize as Marginalize
 from .model_soup import ModelSoup as ModelSoup
 from .snapshot_ensemble import SnapshotEnsemble as SnapshotEnsemble
 from .temperature_scaling import TemperatureScaling as TemperatureScaling
+from .transfer_recipe import TransferRecipe as TransferRecipe
