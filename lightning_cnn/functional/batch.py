@@ -1,10 +1,16 @@
 """A batch that knows which samples it holds, and still unpacks as `image, label = batch`."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_cnn.errors import ConfigurationError
+
+IMAGE_NAMES = ("image", "images", "img", "x", "input", "inputs", "pixel_values")
+LABEL_NAMES = ("label", "labels", "y", "target", "targets")
 
 
 @dataclass
@@ -37,3 +43,46 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         return Batch(self.image.pin_memory(), self.label.pin_memory(), self.index.pin_memory())
+
+
+def image_key(batch: Any) -> str | int:
+    """Where the images of any batch are: a usual name of a mapping or dataclass, else the first place of a sequence."""
+    return _key(batch, IMAGE_NAMES, 0, "images")
+
+
+def label_key(batch: Any) -> str | int:
+    """Where the labels of any batch are: a usual name of a mapping or dataclass, else the second place of a sequence."""
+    return _key(batch, LABEL_NAMES, 1, "labels")
+
+
+def read(batch: Any, key: str | int) -> Any:
+    """The value at `key` of a mapping, dataclass, tuple, named tuple, list, or of a bare tensor (key 0)."""
+    if type(batch) is Tensor:
+        return batch
+    return getattr(batch, key) if isinstance(key, str) and not isinstance(batch, Mapping) else batch[key]
+
+
+def write(batch: Any, changes: Mapping[Any, Any]) -> Any:
+    """A batch of the same type with the values of `changes` in place; the given one is left as it is."""
+    kind: Any = type(batch)
+    if kind is Tensor:
+        return changes[0]
+    if isinstance(batch, Mapping):
+        return kind({**batch, **changes})
+    if is_dataclass(kind):
+        return replace(batch, **changes)
+    values = [changes.get(place, value) for place, value in enumerate(batch)]
+    return kind(*values) if hasattr(kind, "_fields") else kind(values)
+
+
+def _key(batch: Any, names: tuple[str, ...], place: int, what: str) -> str | int:
+    if isinstance(batch, Tensor) and place == 0:
+        return 0
+    if isinstance(batch, (tuple, list)) and len(batch) > place:
+        return place
+    present = list(batch) if isinstance(batch, Mapping) else [f.name for f in fields(batch)] if is_dataclass(batch) else []
+    for name in names:
+        if name in present:
+            return name
+    found = f"a {type(batch).__name__}" + (f" with {present}" if present else "")
+    raise ConfigurationError(f"The {what} of a batch were not found; the batch is {found}. Name them {' or '.join(names[:2])}.")

@@ -23,16 +23,20 @@ MULTIPLY_1, MULTIPLY_2 = 0x7FEB352D, 0x846CA68B
 def key(seed: int, *parts: int | str) -> int:
     """A 63-bit key for one stream of noise: `key(seed, "order", epoch)`.
 
-    Words name the stream and integers say which step, epoch or sample; a different list of parts is an unrelated key.
+    Words name the stream and integers say which step, epoch or sample; a different list of parts is an unrelated key. `key_at` does
+    the same for a step held in a tensor.
 
     >>> key(0, "order", 1) == key(0, "order", 1), key(0, "order", 1) == key(0, "order", 2)
     (True, False)
     """
-    state = _mix64(seed & M64)
-    for part in parts:
-        word = int.from_bytes(blake2b(part.encode(), digest_size=8).digest(), "little") if isinstance(part, str) else part & M64
-        state = _mix64(state ^ _mix64((word + GOLDEN64) & M64))
-    return state >> 1
+    return _state(seed, *parts) >> 1
+
+
+def key_at(seed: int, *parts: int | str, step: Tensor) -> Tensor:
+    """`key(seed, *parts, step)` for an int64 tensor of steps, traced by `torch.compile` once and not once a step."""
+    state = _state(seed, *parts)
+    mixed = _mix64_tensor((state - (1 << 64) if state >> 63 else state) ^ _mix64_tensor(step + (GOLDEN64 - (1 << 64))))
+    return (mixed >> 1) & (M64 >> 1)
 
 
 def bits(key: int | Tensor, index: Tensor) -> Tensor:
@@ -67,6 +71,22 @@ def permutation(key: int, n: int) -> Tensor:
 
 def _derived(key: int | Tensor) -> int | Tensor:
     return key ^ 0x5851F42D4C957F2D
+
+
+@torch.compiler.assume_constant_result
+def _state(seed: int, *parts: int | str) -> int:
+    state = _mix64(seed & M64)
+    for part in parts:
+        word = int.from_bytes(blake2b(part.encode(), digest_size=8).digest(), "little") if isinstance(part, str) else part & M64
+        state = _mix64(state ^ _mix64((word + GOLDEN64) & M64))
+    return state
+
+
+def _mix64_tensor(value: Tensor) -> Tensor:
+    # int64 multiplication wraps; the masks turn its arithmetic shifts into logical ones.
+    value = (value ^ ((value >> 30) & (M64 >> 30))) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    value = (value ^ ((value >> 27) & (M64 >> 27))) * (0x94D049BB133111EB - (1 << 64))
+    return value ^ ((value >> 31) & (M64 >> 31))
 
 
 def _mix64(value: int) -> int:

@@ -6,22 +6,29 @@ Triton form is imported from `lightning_cnn.kernels.counter_triton`, as Triton e
 
 import numpy as np
 from numba import njit, uint32, uint64
+from numba.extending import intrinsic
 
 MULTIPLY_1, MULTIPLY_2, GOLDEN32 = 0x7FEB352D, 0x846CA68B, 0x9E3779B9
 DERIVED = 0x5851F42D4C957F2D
 
 
-@njit(uint32(uint32), cache=True, nogil=True, inline="always")
-def _mix32(value):
-    value = uint32((value ^ (value >> uint32(16))) * uint32(MULTIPLY_1))
-    value = uint32((value ^ (value >> uint32(15))) * uint32(MULTIPLY_2))
-    return uint32(value ^ (value >> uint32(16)))
+@intrinsic
+def _mix32(typing_context, value):
+    """The mixer on 32-bit integers of the compiler: numba's own uint32 arithmetic widens to 64 bits, which halves the vectors."""
+
+    def build(context, builder, signature, arguments):
+        (word,) = arguments
+        for shift, factor in ((16, MULTIPLY_1), (15, MULTIPLY_2)):
+            word = builder.mul(builder.xor(word, builder.lshr(word, word.type(shift))), word.type(factor))
+        return builder.xor(word, builder.lshr(word, word.type(16)))
+
+    return uint32(uint32), build
 
 
 @njit(uint32(uint64, uint64), cache=True, nogil=True, inline="always")
 def bits(key, index):
     """32 random bits of one index, for use inside compiled loops."""
-    mixed = _mix32(uint32(uint32(index) + uint32(key)))
+    mixed = _mix32(uint32(uint32(index) + uint32(key)))  # pyright: ignore[reportCallIssue]  (numba passes the context)
     return _mix32(mixed ^ uint32(uint32(index >> uint64(32)) * uint32(GOLDEN32) + uint32(key >> uint64(32))))
 
 

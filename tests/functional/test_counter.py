@@ -27,6 +27,12 @@ def test_a_tensor_key_gives_the_bits_of_its_integer():
         assert torch.equal(counter.bits(torch.tensor(key), index), counter.bits(key, index))
 
 
+def test_a_step_in_a_tensor_gives_the_key_of_its_integer():
+    steps = [0, 1, 2**31, -1, 2**62]
+    expected = [counter.key(3, "rounding", "conv.weight", step) for step in steps]
+    assert counter.key_at(3, "rounding", "conv.weight", step=torch.tensor(steps)).tolist() == expected
+
+
 def test_int32_and_int64_indices_name_the_same_samples():
     index = torch.tensor([0, 1, 2**31 - 1, -1, -(2**31)])
     assert torch.equal(counter.bits(7, index), counter.bits(7, index.int()))
@@ -69,12 +75,16 @@ def test_moments_of_uniform_and_normal():
     assert abs(z.var() - 1) < 5 * (2 / n) ** 0.5
 
 
-def test_compiling_changes_no_bit():
+def test_compiling_changes_no_bit_and_a_new_step_is_no_new_program():
     index = torch.arange(4096)
-    compiled = torch.compile(counter.bits, fullgraph=True)
-    for step in range(3):
-        key = torch.tensor(counter.key(0, "rounding", step))
-        assert torch.equal(compiled(key, index), counter.bits(key, index))
+
+    @torch.compile(fullgraph=True)
+    def noise(step: torch.Tensor) -> torch.Tensor:
+        return counter.bits(counter.key_at(0, "rounding", step=step), index)
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(3):
+            assert torch.equal(noise(torch.tensor(step)), counter.bits(counter.key(0, "rounding", step), index))
 
 
 def test_triton_agrees_under_the_interpreter(triton_interpreter):

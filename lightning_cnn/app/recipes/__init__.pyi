@@ -1,0 +1,1 @@
+from .digits_ladder import DigitsLadder as DigitsLadder

@@ -1,0 +1,130 @@
+"""`PackedImages`: packed files as a map-style dataset for anyone's DataLoader."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_cnn.data import _jpeg
+from lightning_cnn.data._format import Packed
+from lightning_cnn.errors import ConfigurationError, DataError
+
+Verify = Literal["open", "sample", "off"]
+
+
+class PackedImages(Dataset):
+    """(uint8 tensor (3 h w), label) from one packed file, or from several shards in the order given.
+
+    `verify="sample"` compares each sample with its checksum the first time this process reads it, `"open"` only header, index and
+    metadata, and `"off"` the header alone. `path` may be a list, or a pattern such as `train-*.pack`.
+    """
+
+    def __init__(self, path: str | Path | Sequence[str | Path], *, verify: Verify = "sample") -> None:
+        if verify not in ("open", "sample", "off"):
+            raise ConfigurationError(f"verify must be 'open', 'sample' or 'off', got {verify!r}.")
+        self._paths, self._verify = _expand(path), verify
+        self._open()
+
+    def _open(self) -> None:
+        self.files = [Packed(path, verify=self._verify != "off") for path in self._paths]
+        _check_alike(self.files)
+        lengths = [len(file.index) for file in self.files]
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+        self.labels = np.concatenate([file.index["label"] for file in self.files])
+        self._checked = np.full(len(self.labels), self._verify != "sample")
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        pixels = self.pixels(index % len(self))
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), int(self.labels[index])
+
+    @property
+    def codec(self) -> str:
+        return self.files[0].codec
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Of the first file."""
+        return self.files[0].metadata
+
+    @property
+    def classes(self) -> list[str]:
+        return self.metadata.get("classes", [])
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(height, width) where all samples agree."""
+        shapes = {(file.header.height, file.header.width) for file in self.files}
+        shape = shapes.pop()
+        return None if shapes or shape == (0, 0) else shape
+
+    def locate(self, index: int) -> tuple[Packed, int]:
+        """The file that holds a sample, and its position there."""
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.files[shard], index - int(self.starts[shard])
+
+    def by_file(self, indices: np.ndarray) -> Iterator[tuple[Packed, np.ndarray, np.ndarray]]:
+        """(file, positions within `indices`, index entries) for each file that holds some of them."""
+        if len(self.files) == 1:
+            yield self.files[0], np.arange(len(indices)), self.files[0].index[indices]
+            return
+        shard = np.searchsorted(self.starts, indices, side="right") - 1
+        for k in np.unique(shard):
+            entry = np.flatnonzero(shard == k)
+            yield self.files[k], entry, self.files[k].index[indices[entry] - self.starts[k]]
+
+    def verify(self, indices: np.ndarray) -> None:
+        """Compare with their checksums those samples that this process has not read before."""
+        for index in indices[~self._checked[indices]]:
+            file, position = self.locate(int(index))
+            file.check_sample(position)
+            self._checked[index] = True
+
+    def stored(self, index: int) -> np.ndarray:
+        """The stored bytes of a sample, verified; a view that must not be written to."""
+        self.verify(np.array([index]))
+        file, position = self.locate(index)
+        return file.sample(position)
+
+    def pixels(self, index: int) -> np.ndarray:
+        """uint8 (h w 3); a view of the file if raw."""
+        stored = self.stored(index)
+        file, position = self.locate(index)
+        entry = file.index[position]
+        height, width = int(entry["height"]), int(entry["width"])
+        if file.codec == "raw":
+            return stored.reshape(height, width, file.header.channels)
+        try:
+            return _jpeg.decode(stored, height, width)
+        except DataError as error:
+            raise DataError(f"{file.path}: damaged at byte {int(entry['offset'])}: sample {position}: {error}.") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_paths": self._paths, "_verify": self._verify}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+def _expand(path: str | Path | Sequence[str | Path]) -> list[Path]:
+    given = [path] if isinstance(path, str | Path) else list(path)
+    paths = [found for item in given for found in (sorted(Path(item).parent.glob(Path(item).name)) or [Path(item)])]
+    if not paths:
+        raise DataError("No packed file was named.")
+    return paths
+
+
+def _check_alike(files: list[Packed]) -> None:
+    first = files[0]
+    for file in files[1:]:
+        if (file.codec, file.metadata.get("classes")) != (first.codec, first.metadata.get("classes")):
+            raise DataError(f"{file.path} and {first.path} differ in codec or classes: they are not shards of one dataset.")

@@ -1,0 +1,198 @@
+"""Packed files for a Trainer: the disk reads a stream, the CPU does what is left in one pass, and the state is a position."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+
+from lightning_cnn.data._images import PackedImages, Verify
+from lightning_cnn.data._lanes import Augment, Crop, FusedLane, GatherLane, PackedLoader
+from lightning_cnn.data._order import Draw, Order, balanced, shuffled, weighted, within
+from lightning_cnn.errors import ConfigurationError, DataError, raise_all
+
+log = logging.getLogger(__name__)
+LANES, CROPS, DTYPES, ORDERS = (
+    ("auto", "gather", "fused"),
+    ("resized", "padded", "center"),
+    ("float32", "uint8"),
+    ("shuffled", "balanced"),
+)
+Paths = str | Path | Sequence[str | Path] | None
+
+
+class PackedDataModule(L.LightningDataModule):
+    """Batches from packed files (`pack`), resumable inside an epoch to the bit.
+
+    `lane`: `gather` delivers whole stored pictures as uint8, for an accelerator that augments them; `fused` crops, scales, flips and
+    converts on the CPU; `auto` is `gather` where there is an accelerator. Both have one order and, for one sample of one epoch, one
+    noise. Pictures are channels_last: floats in [0, 1], or normalised where `mean` and `std` are given.
+
+    Args:
+        train, val, test, predict: a packed file, a list of shards or a pattern; test falls back to val, predict to test.
+        crop: how `fused` cuts training pictures (see `Augment`); evaluation takes a central square of `central` times the shorter side.
+        order: `shuffled`, or `balanced` (every class equally often); `weights`, one a sample, takes its place.
+        subset: indices of the training samples to use.
+        threads: of the lane; by default as many as there are cores. `ahead`: batches made before they are asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: Paths = None,
+        val: Paths = None,
+        test: Paths = None,
+        predict: Paths = None,
+        batch_size: int = 128,
+        lane: Literal["auto", "gather", "fused"] = "auto",
+        size: int | None = None,
+        crop: Crop = "resized",
+        area: Sequence[float] = (0.08, 1.0),
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        padding: int = 4,
+        flip: float = 0.5,
+        central: float | None = None,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+        dtype: Literal["float32", "uint8"] = "float32",
+        order: Literal["shuffled", "balanced"] = "shuffled",
+        weights: Sequence[float] | None = None,
+        subset: Sequence[int] | None = None,
+        drop_last: bool = False,
+        threads: int | None = None,
+        ahead: int = 2,
+        verify: Verify = "sample",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.paths = {"train": train, "val": val, "test": test or val, "predict": predict or test or val}
+        self.batch_size, self.lane, self.size, self.crop = batch_size, lane, size, crop
+        self.area, self.ratio, self.padding, self.flip, self.central = tuple(area), tuple(ratio), padding, flip, central
+        self.mean, self.std, self.dtype = tuple(mean), tuple(std), dtype
+        self.order, self.weights, self.subset, self.drop_last = order, weights, subset, drop_last
+        self.threads, self.ahead, self.verify, self.seed = threads, ahead, verify, seed
+        self._images: dict[str, PackedImages] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open what `stage` needs and check every argument against it."""
+        raise_all(self._problems())
+        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}.get(
+            str(stage), self.paths
+        ):
+            self._open(split)
+        opened = ", ".join(f"{split}: {len(images)} pictures" for split, images in self._images.items())
+        log.info("lane %s of %s", self._lane_name(), opened)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes as the files state them; their numbers where they state none."""
+        images = self._open("train") or self._open("val") or self._open("test") or self._open("predict")
+        if images is None:
+            raise ConfigurationError("Name a packed file: train=, val=, test= or predict=.")
+        return images.classes or [str(label) for label in range(int(images.labels.max()) + 1)]
+
+    def train_dataloader(self) -> PackedLoader:
+        return self.loader("train", shuffle=not (self.trainer and self.trainer.overfit_batches))
+
+    def val_dataloader(self) -> PackedLoader | list[Any]:
+        return self.loader("val") if self.paths["val"] else []
+
+    def test_dataloader(self) -> PackedLoader:
+        return self.loader("test")
+
+    def predict_dataloader(self) -> PackedLoader:
+        return self.loader("predict")
+
+    def loader(self, split: str, shuffle: bool = False) -> PackedLoader:
+        """The loader of one split, for use without a Trainer too. Evaluation delivers every sample, in the file's order."""
+        images = self._open(split)
+        if images is None:
+            raise ConfigurationError(f"There is no packed file for {split}: pass {split}=FILE.")
+        training = split == "train"
+        subset = np.asarray(self.subset, np.int64) if training and self.subset is not None else np.arange(len(images))
+        draw = self._draw(images, subset) if training and shuffle else None
+        chosen = within(subset, draw, len(images))
+        order = Order(len(subset), self.batch_size, self.seed, self.drop_last and training, chosen, *self._place())
+        lane = GatherLane(images) if self._lane_name() == "gather" else FusedLane(images, self._augment(images, training), self.seed)
+        threads = self.threads or len(os.sched_getaffinity(0))
+        return PackedLoader(lane, images.labels, order, threads=threads, ahead=self.ahead, pinned=self._accelerated())
+
+    def _open(self, split: str) -> PackedImages | None:
+        path = self.paths[split]
+        if path is not None and split not in self._images:
+            shared = next((images for other, images in self._images.items() if self.paths[other] == path), None)
+            self._images[split] = shared or PackedImages(path, verify=self.verify)
+            self._check(split, self._images[split])
+        return self._images.get(split)
+
+    def _augment(self, images: PackedImages, training: bool) -> Augment:
+        size = self.size or min(images.shape or (0,))
+        colour = {"mean": self.mean, "std": self.std, "dtype": getattr(torch, self.dtype)}
+        if not training:
+            central = self.central or (0.875 if self.crop == "resized" else 1.0)
+            return Augment(size, "center", central=central, flip=0.0, **colour)
+        return Augment(size, self.crop, self.area, self.ratio, self.padding, self.central or 1.0, self.flip, **colour)  # type: ignore[arg-type]
+
+    def _draw(self, images: PackedImages, subset: np.ndarray) -> Draw:
+        if self.weights is not None:
+            return weighted(np.asarray(self.weights, np.float64))
+        return balanced(images.labels[subset]) if self.order == "balanced" else shuffled(len(subset))
+
+    def _place(self) -> tuple[int | None, int | None]:
+        """(replicas, rank) as the strategy sees them: ranks that split a model see the same data."""
+        if self.trainer is None or not self.trainer._accelerator_connector.is_distributed:
+            return None, None
+        place = self.trainer.distributed_sampler_kwargs or {}
+        return place.get("num_replicas"), place.get("rank")
+
+    def _accelerated(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    def _lane_name(self) -> str:
+        return ("gather" if self._accelerated() else "fused") if self.lane == "auto" else self.lane
+
+    def _problems(self) -> Iterator[str]:
+        for name, value, allowed in (
+            ("lane", self.lane, LANES), ("crop", self.crop, CROPS), ("dtype", self.dtype, DTYPES), ("order", self.order, ORDERS)
+        ):  # fmt: skip
+            if value not in allowed:
+                yield f"{name} must be one of {allowed}, got {value!r}."
+        if not any(self.paths.values()):
+            yield "Name a packed file: train=, val=, test= or predict=."
+        if self.size is not None and self.size < 1:
+            yield f"size must be at least 1 pixel, or None for the stored size; got {self.size}."
+        if not 0 <= self.flip <= 1:
+            yield f"flip is a probability, got {self.flip}."
+        if not (0 < self.area[0] <= self.area[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
+            yield f"area must rise within (0, 1] and ratio be positive and rise; got {self.area} and {self.ratio}."
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            yield f"mean and std need three numbers each, std above 0; got {self.mean} and {self.std}."
+        if self.ahead < 1 or (self.threads is not None and self.threads < 1):
+            yield f"ahead and threads must be at least 1, got {self.ahead} and {self.threads}."
+
+    def _check(self, split: str, images: PackedImages) -> None:
+        """Every argument against one opened split."""
+        problems, lane = [], self._lane_name()
+        if lane == "gather" and self.size not in (None, *(images.shape or ())):
+            problems.append(f"{split}: lane='gather' delivers the stored {images.shape}; size={self.size} needs lane='fused'.")
+        if lane == "fused" and self.size is None and images.shape is None:
+            problems.append(f"{split}: the samples differ in size; say which size= to deliver.")
+        if split == "train":
+            problems += self._training_problems(images)
+        raise_all(problems, DataError)
+
+    def _training_problems(self, images: PackedImages) -> Iterator[str]:
+        smallest = (
+            min(images.shape) if images.shape else min(int(min(f.index["height"].min(), f.index["width"].min())) for f in images.files)
+        )
+        if self._lane_name() == "fused" and self.crop == "padded" and (self.size or smallest) > smallest + 2 * self.padding:
+            yield f"train: crop='padded' cannot cut {self.size} pixels from {smallest} and a padding of {self.padding}."
+        if self.subset is not None and (not len(self.subset) or min(self.subset) < 0 or max(self.subset) >= len(images)):
+            yield f"train: subset must name samples from 0 to {len(images) - 1}."
+        samples = len(images if self.subset is None else self.subset)
+        if self.weights is not None and (len(self.weights) != samples or min(self.weights) < 0 or not sum(self.weights)):
+            yield f"train: weights needs {samples} numbers of at least 0, one a training sample; got {len(self.weights)}."

@@ -1,0 +1,75 @@
+"""What a geometric augmentation of ours is to Kornia: pictures, masks, boxes and keypoints follow one map, with or without a lens."""
+
+from typing import Any
+
+import torch
+from kornia.augmentation import GeometricAugmentationBase2D
+from kornia.geometry.boxes import Boxes
+from kornia.geometry.keypoints import Keypoints
+from torch import Tensor
+
+from lightning_cnn.functional import warp
+
+Params = dict[str, Tensor]
+
+
+class Warped(GeometricAugmentationBase2D):
+    """Subclasses draw `affine` (b 2 3) and perhaps `lens` (b 4) in `generate_parameters`; see `functional.warp` for both."""
+
+    draws_first = True  # nothing is drawn while the picture is made: only the parameters need the noise
+    _compute_matrix_lazily = True
+
+    def __init__(self, *, p: float, size: tuple[int, int] | None = None, fill: str = "zeros") -> None:
+        super().__init__(p=p)
+        self.flags = {"size": size, "fill": fill}
+
+    def compute_transformation(self, input: Tensor, params: Params, flags: dict[str, Any]) -> Tensor:
+        """The affine part as a matrix from input to output pixel indices; points that pass a lens are mapped by `map_points`."""
+        size_in, size_out = self._sizes(params)
+        affine = params["affine"].to(input.device, torch.float32)
+        last = affine.new_tensor([0.0, 0.0, 1.0]).expand(len(affine), 1, 3)
+        back = torch.linalg.inv(torch.cat([affine, last], 1))
+        return (_translation(affine, size_out, 1) @ back @ _translation(affine, size_in, -1)).to(input.dtype)
+
+    def apply_transform(self, input: Tensor, params: Params, flags: dict[str, Any], transform: Tensor | None = None) -> Tensor:
+        return warp.resample(input, self._grid(input, params), fill=flags["fill"])
+
+    def apply_transform_mask(self, input: Tensor, params: Params, flags: dict[str, Any], transform: Tensor | None = None) -> Tensor:
+        return warp.resample(input, self._grid(input, params), mode="nearest")
+
+    def apply_transform_keypoint(
+        self, input: Keypoints, params: Params, flags: dict[str, Any], transform: Tensor | None = None
+    ) -> Keypoints:
+        moved = input.clone()
+        moved._data = self._moved(input.data, params)
+        return moved
+
+    def apply_transform_box(self, input: Boxes, params: Params, flags: dict[str, Any], transform: Tensor | None = None) -> Boxes:
+        moved = input.clone()
+        moved._data = self._moved(input.data.flatten(1, 2), params).view_as(input.data)
+        return moved
+
+    def inverse_transform(
+        self, input: Tensor, flags: dict[str, Any], transform: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} loses what leaves the frame and has no inverse for pictures.")
+
+    def _grid(self, input: Tensor, params: Params) -> Tensor:
+        affine, lens = (
+            value if value is None else value.to(input.device, input.dtype) for value in (params["affine"], params.get("lens"))
+        )
+        return warp.sampling_grid(affine, *self._sizes(params), lens)
+
+    def _moved(self, points: Tensor, params: Params) -> Tensor:
+        lens = params["lens"].to(points) if "lens" in params else None
+        return warp.map_points(points, params["affine"].to(points), *self._sizes(params), lens)
+
+    def _sizes(self, params: Params) -> tuple[tuple[int, int], tuple[int, int]]:
+        height, width = params["forward_input_shape"].tolist()[-2:]
+        return (height, width), self.flags["size"] or (height, width)
+
+
+def _translation(like: Tensor, size: tuple[int, int], sign: int) -> Tensor:
+    matrix = torch.eye(3, dtype=like.dtype, device=like.device)
+    matrix[0, 2], matrix[1, 2] = sign * (size[1] - 1) / 2, sign * (size[0] - 1) / 2
+    return matrix

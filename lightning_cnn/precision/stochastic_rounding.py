@@ -1,0 +1,161 @@
+"""Store weights in bfloat16 and train as well as in float32: every update is rounded up or down at random, right on average.
+
+Source: Gupta et al. 2015, arXiv:1502.02551; for bfloat16 weights, Zamirai et al. 2020, arXiv:2010.06192.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_cnn.errors import NoEffectWarning, raise_all
+from lightning_cnn.functional.rounding import FLOATS, as_format, round_nearest
+from lightning_cnn.precision import _shadow, _states
+from lightning_cnn.precision._layers import NORMS
+from lightning_cnn.precision._shard import write_back
+
+log = logging.getLogger(__name__)
+HELD = [name for name, format in FLOATS.items() if format.mantissa <= 7]  # what a bfloat16 tensor holds exactly
+
+
+class StochasticRounding(Precision):
+    """Weights in `format`; any torch optimizer steps unchanged on float32 shadows, written back with stochastic rounding.
+
+    Norm layers, buffers and the layers named in `keep` (patterns) stay float32. `states` stores the optimizer's moments as "fp32",
+    "bf16" or "8bit". Optimizers of torch.optim step `bucket_mib` of shadows at a time, so that is all the memory a step adds.
+    `rounding="nearest"` is there to show what is lost without.
+    """
+
+    precision = "bf16-true"
+
+    def __init__(
+        self,
+        *,
+        format: str = "bf16",
+        states: str = "fp32",
+        rounding: str = "stochastic",
+        keep: Sequence[str] = (),
+        bucket_mib: float = 16.0,
+        seed: int = 0,
+    ) -> None:
+        self.format, self.states, self.rounding = format, states, rounding
+        self.keep, self.bucket_mib, self.seed = tuple(keep), bucket_mib, seed
+        self._workspace = _shadow.Workspace()
+        self._steps: list[int] = []
+        self._optimizers: list[Optimizer] = []
+        self._low: dict[Tensor, str] = {}
+
+    # What Lightning calls, in its order
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        raise_all(self._problems(module))
+        chosen = {id(p) for layer in self._layers(module) for p in layer.parameters(recurse=False) if p.is_floating_point()}
+        target = as_format(self.format)
+        self._low = {}
+        for name, parameter in module.named_parameters():
+            if id(parameter) not in chosen:
+                continue
+            self._low[parameter] = name.replace("_orig_mod.", "")
+            if parameter.dtype == torch.bfloat16:
+                continue
+            # before the optimizer and DDP exist the data may still change its type
+            parameter.data = round_nearest(parameter.data, target).to(torch.bfloat16)
+        self._announce(module)
+        return module
+
+    def connect(self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]) -> Any:
+        raise_all(
+            f"{type(optimizer).__name__} evaluates the model several times a step, on weights that only its float32 shadows hold. "
+            "Use an optimizer that steps once a gradient."
+            for optimizer in optimizers
+            if isinstance(optimizer, torch.optim.LBFGS)
+        )
+        self._optimizers = list(optimizers)
+        self._steps = self._steps if len(self._steps) == len(optimizers) else [0] * len(optimizers)
+        for optimizer in optimizers:
+            _states.portable(optimizer, lambda parameter, optimizer=optimizer: self._store(optimizer, parameter))
+        return model, optimizers, lr_schedulers
+
+    def forward_context(self) -> AbstractContextManager:
+        device = next((parameter.device.type for parameter in self._low), "cpu")
+        return torch.autocast(device, torch.bfloat16)
+
+    def optimizer_step(self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        result = closure()
+        self._after_closure(model, optimizer)
+        if result is None and model.automatic_optimization:
+            return result
+        number = self._optimizers.index(optimizer)
+        self._steps[number] += 1
+        for bucket in _shadow.buckets(optimizer, self.bucket_mib):
+            with _shadow.only(optimizer, bucket):
+                self._step(optimizer, **kwargs)
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": list(self._steps)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._steps = list(state_dict["steps"])
+
+    def teardown(self) -> None:
+        self._workspace = _shadow.Workspace()
+
+    # What it does
+
+    def _step(self, optimizer: Optimizer, **kwargs: Any) -> None:
+        """One step of the parameters that the optimizer holds at the moment."""
+        here = list(_shadow.parameters(optimizer))
+        for parameter in filter(self._low.__contains__, here):
+            _states.widen(optimizer, parameter)
+        with torch.no_grad(), _shadow.shadowed(optimizer, self._low.__contains__, self._workspace) as pairs:
+            optimizer.step(**kwargs)
+        for parameter, shadow in pairs:
+            write_back(parameter, shadow, as_format(self.format), self.rounding, **self._noise(optimizer, parameter))
+        for parameter in here:
+            self._store(optimizer, parameter)
+
+    def _store(self, optimizer: Optimizer, parameter: Tensor) -> None:
+        if parameter in self._low:
+            _states.narrow(optimizer, parameter, self.states, **self._noise(optimizer, parameter))
+
+    def _noise(self, optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+        number = self._optimizers.index(optimizer)
+        return {"seed": self.seed, "step": self._steps[number], "stream": f"{number}/{self._low[parameter]}"}
+
+    def _layers(self, module: nn.Module) -> list[nn.Module]:
+        kept = [name for name, _ in module.named_modules() for pattern in self.keep if fnmatchcase(name, pattern)]
+        return [
+            layer
+            for name, layer in module.named_modules()
+            if not isinstance(layer, NORMS) and not any(name == k or name.startswith(f"{k}.") for k in kept)
+        ]
+
+    def _problems(self, module: nn.Module) -> list[str]:
+        problems = []
+        if self.format not in HELD:
+            problems.append(f"format={self.format!r} cannot be held in bfloat16 parameters; choose one of {', '.join(HELD)}.")
+        if self.states not in _states.STORAGES:
+            problems.append(f"states={self.states!r} is not one of {', '.join(_states.STORAGES)}.")
+        if self.rounding not in ("stochastic", "nearest"):
+            problems.append(f'rounding={self.rounding!r} is not "stochastic" or "nearest".')
+        if self.bucket_mib <= 0:
+            problems.append(f"bucket_mib={self.bucket_mib} must be above 0.")
+        names = [name for name, _ in module.named_modules()]
+        problems += [f"keep={p!r} matches no layer of the model." for p in self.keep if not any(fnmatchcase(n, p) for n in names)]
+        return problems
+
+    def _announce(self, module: nn.Module) -> None:
+        low = sum(parameter.numel() for parameter in self._low)
+        whole = sum(parameter.numel() for parameter in module.parameters())
+        if not low:
+            warnings.warn("StochasticRounding found no parameter to store in bfloat16.", NoEffectWarning, stacklevel=2)
+        log.info("StochasticRounding: %d of %d parameters in %s, optimizer states in %s", low, whole, self.format, self.states)

@@ -1,0 +1,239 @@
+"""Every callback keeps one contract: off is absent, resume is exact, evaluation is untouched, an exception undoes it.
+
+To add a callback, append a `Case` to CASES. What it holds is read in `Case`; nothing else here needs a change.
+"""
+
+import builtins
+import inspect
+import io
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lightning_cnn.callbacks import BatchAugmentation, HorizontalFlip, Marginalize
+from lightning_cnn.functional import counter
+from lightning_cnn.functional.batch import Batch
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    make: Callable[[], Callback]  # as small as still has an effect on the tiny model below
+    off: Callable[[], Callback] | None = None  # arguments under which it must do nothing; None where absence is the only way
+    plain_evaluation: bool = True  # False where validating, testing or predicting differently is the callback's purpose
+
+
+CASES = [
+    Case("batch_augmentation", lambda: BatchAugmentation(augment=["flip", "affine"]), off=lambda: BatchAugmentation(augment=[])),
+    Case("marginalize", lambda: Marginalize(views=[HorizontalFlip()]), off=lambda: Marginalize(), plain_evaluation=False),
+]
+
+every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+SAMPLES, BATCH, EPOCHS = 12, 4, 2
+STEPS = EPOCHS * SAMPLES // BATCH
+IMAGES = torch.rand(SAMPLES, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Loader:
+    """Order = f(epoch); its state is two integers, so that a resume is exact as far as the data goes."""
+
+    def __init__(self) -> None:
+        self.epoch = self.batch = 0
+
+    def __len__(self) -> int:
+        return SAMPLES // BATCH
+
+    def __iter__(self):
+        if self.batch >= len(self):  # Lightning never exhausts a sized loader
+            self.epoch, self.batch = self.epoch + 1, 0
+        order = counter.permutation(counter.key(0, "order", self.epoch), SAMPLES)
+        while self.batch < len(self):
+            index = order[self.batch * BATCH : (self.batch + 1) * BATCH]
+            self.batch += 1
+            yield Batch(IMAGES[index], index % 3, index)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+
+class Tiny(LightningModule):
+    """Convolution, batch norm, head; writes down what it saw. `explode_in` names a hook that raises."""
+
+    def __init__(self, explode_in: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+        )
+        self.explode_in = explode_in
+        self.seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    def forward(self, image):
+        return self.net(image)
+
+    def training_step(self, batch, batch_idx):
+        image, label = batch
+        self.may_explode("training_step", batch_idx)
+        self.seen.append(("train", image.clone(), batch.index.clone()))
+        loss = nn.functional.cross_entropy(self(image), label)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.may_explode("validation_step", batch_idx)
+        self.evaluate("validate", batch)
+
+    def test_step(self, batch, batch_idx):
+        self.evaluate("test", batch)
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+    def evaluate(self, stage, batch):
+        image, label = batch
+        logits = self(image)
+        self.seen += [(stage, image.clone(), batch.index.clone()), (stage + " logits", logits.clone(), batch.index.clone())]
+        self.log("val_loss", nn.functional.cross_entropy(logits, label))
+
+    def on_train_epoch_end(self):
+        self.may_explode("on_train_epoch_end", 1)
+
+    def may_explode(self, hook, batch_idx):
+        if self.explode_in == hook and batch_idx == 1:
+            raise RuntimeError(f"raised in {hook}")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class SaveEachStep(Callback):
+    def __init__(self, folder) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+def trainer_with(*callbacks: Callback, **options: Any) -> Trainer:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return Trainer(**{"accelerator": "cpu", "max_epochs": EPOCHS, **quiet, "callbacks": list(callbacks), **options})
+
+
+def fitted(*callbacks: Callback, ckpt_path=None) -> tuple[Tiny, Trainer]:
+    model, trainer = Tiny(), trainer_with(*callbacks)
+    trainer.fit(model, Loader(), Loader(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    return model, trainer
+
+
+def differences(one: nn.Module, other: nn.Module) -> list[str]:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return [name for (name, a), (other_name, b) in pairs if name != other_name or a.dtype != b.dtype or not torch.equal(a, b)]
+
+
+def shape_of(trainer: Trainer, model: nn.Module) -> dict[str, Any]:
+    """All that a plugin may hang on a model or strategy, values of weights aside."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    modules = {
+        name: (type(m), sorted(set(m.__dict__) - {"_trainer"}), [len(getattr(m, h)) for h in hooks])
+        for name, m in model.named_modules()
+    }
+    return {
+        "modules": modules,
+        "parameters": {name: (type(p), p.dtype, p.requires_grad) for name, p in model.named_parameters()},
+        "strategy": sorted(trainer.strategy.__dict__),
+    }
+
+
+def left_behind(hook: str, callbacks: list[Callback]) -> dict[str, Any]:
+    model, trainer = Tiny(explode_in=hook), trainer_with(*callbacks, num_sanity_val_steps=0)
+    if not hook:
+        trainer.fit(model, Loader(), Loader())
+    else:
+        with pytest.raises(RuntimeError, match=f"raised in {hook}"):
+            trainer.fit(model, Loader(), Loader())
+    return shape_of(trainer, model)
+
+
+@every
+@pytest.mark.filterwarnings("ignore::lightning_cnn.errors.NoEffectWarning")
+def test_off_is_absent_to_the_last_bit(case):
+    without, _ = fitted()
+    off, _ = fitted(*([case.off()] if case.off else []))
+    assert differences(without, off) == []
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(without.seen, off.seen, strict=True))
+
+
+@every
+def test_it_has_an_effect(case):
+    without, _ = fitted()
+    on, _ = fitted(case.make())
+    assert differences(without, on) or not all(torch.equal(a[1], b[1]) for a, b in zip(without.seen, on.seen, strict=True))
+
+
+@every
+def test_a_run_resumed_at_any_step_ends_in_the_same_bits(case, tmp_path):
+    whole, _ = fitted(case.make(), SaveEachStep(tmp_path))
+    for step in range(1, STEPS):
+        resumed, trainer = fitted(case.make(), ckpt_path=tmp_path / f"{step}.ckpt")
+        assert trainer.global_step == STEPS
+        assert differences(whole, resumed) == [], f"resumed at step {step}"
+
+
+@every
+def test_it_never_leaks_into_evaluation(case):
+    """The pictures are the raw ones, and outside of fit the logits are those of the bare model."""
+    model, trainer = fitted(case.make())
+    bare = Tiny().eval()
+    bare.load_state_dict(model.state_dict())
+    model.seen.clear()
+    trainer.validate(model, Loader(), verbose=False)
+    trainer.test(model, Loader(), verbose=False)
+    predictions = torch.cat(trainer.predict(model, Loader()))
+    order = torch.cat([index for stage, _, index in model.seen if stage == "test"])
+    assert [stage for stage, image, index in model.seen if "logits" not in stage and not torch.equal(image, IMAGES[index])] == []
+    if case.plain_evaluation:
+        with torch.no_grad():
+            expected = torch.cat([bare(IMAGES[index]) for index in order.split(BATCH)])
+        assert torch.equal(predictions, expected)
+        assert torch.equal(torch.cat([logits for stage, logits, _ in model.seen if stage == "test logits"]), expected)
+
+
+@every
+def test_validation_inside_fit_sees_raw_pictures(case):
+    model, _ = fitted(case.make())
+    validated = [(image, index) for stage, image, index in model.seen if stage == "validate"]
+    assert len(validated) >= EPOCHS * len(Loader())
+    assert all(torch.equal(image, IMAGES[index]) for image, index in validated)
+
+
+@every
+@pytest.mark.parametrize(
+    "hook", ["training_step", "validation_step", "on_train_epoch_end", ""], ids=lambda hook: hook or "no exception"
+)
+def test_nothing_is_left_behind_by_an_exception_or_a_whole_fit(case, hook):
+    """Compared with the same run without the callback, because Lightning itself leaves attributes behind."""
+    without, with_it = (left_behind(hook, callbacks) for callbacks in ([], [case.make()]))
+    assert with_it == without
+
+
+@every
+def test_the_constructor_is_keyword_only_and_touches_no_file(case, monkeypatch):
+    parameters = inspect.signature(type(case.make())).parameters.values()  # made once, so that lazy imports are done
+    assert [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY] == []
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"the constructor did I/O: {args}")
+
+    for owner, name in ((builtins, "open"), (io, "open"), (os, "open"), (socket, "socket")):
+        monkeypatch.setattr(owner, name, refuse)
+    case.make()
