@@ -1,3 +1,6 @@
+from .pack import pack as pack
+from .packed import PackedConv2d as PackedConv2d
+from .packed import PackedLinear as PackedLinear
 from .batch_norm import reestimate_batch_norm as reestimate_batch_norm
 from .features import features as features
 from .features import pooled as pooled
