@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 import lightning as L
-import torch
 from torchvision.utils import save_image
 
 from lightning_cnn.callbacks import BatchAugmentation, DiscriminativeLR, HorizontalFlip, Marginalize
@@ -38,8 +37,8 @@ def main():
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="small and short: to see that it runs")
     options = parser.parse_args()
-    if options.quick:
-        options.architecture, options.size, options.epochs = "small_cnn", 32, 1
+    if options.root is None or options.quick:
+        options.architecture, options.size, options.epochs = "small_cnn", 32, 1 if options.quick else 30
     L.seed_everything(0, verbose=False)
     with tempfile.TemporaryDirectory() as folder:
         data = ImageFolders(root=options.root or stand_in(folder), size_px=options.size)
@@ -49,7 +48,7 @@ def main():
         trainer = L.Trainer(max_epochs=options.epochs, callbacks=callbacks, logger=False, enable_checkpointing=False)
         trainer.fit(model, datamodule=data)
         trainer.test(model, datamodule=data)
-        print(model.loaded or "no weights were loaded", f"{torch.get_num_threads()} threads")
+        print(model.loaded or "no weights were loaded")
 
 
 if __name__ == "__main__":
