@@ -10,8 +10,8 @@ from ._weight_views import Ensemble as Ensemble
 from ._weight_views import MCBatchNorm as MCBatchNorm
 from .batch_augmentation import BatchAugmentation as BatchAugmentation
 from .batch_norm_reestimation import BatchNormReestimation as BatchNormReestimation
-from .decaf_report import DecafReport as DecafReport
 from .cutmix import CutMix as CutMix
+from .decaf_report import DecafReport as DecafReport
 from .discriminative_lr import DiscriminativeLR as DiscriminativeLR
 from .ema import EMA as EMA
 from .evaluation_report import EvaluationReport as EvaluationReport
