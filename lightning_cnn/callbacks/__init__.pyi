@@ -10,6 +10,7 @@ from ._weight_views import Ensemble as Ensemble
 from ._weight_views import MCBatchNorm as MCBatchNorm
 from .batch_augmentation import BatchAugmentation as BatchAugmentation
 from .batch_norm_reestimation import BatchNormReestimation as BatchNormReestimation
+from .cutmix import CutMix as CutMix
 from .decaf_report import DecafReport as DecafReport
 from .discriminative_lr import DiscriminativeLR as DiscriminativeLR
 from .ema import EMA as EMA
@@ -19,6 +20,7 @@ from .frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm
 from .gradual_unfreezing import GradualUnfreezing as GradualUnfreezing
 from .l2_sp import L2SP as L2SP
 from .marginalize import Marginalize as Marginalize
+from .mixup import MixUp as MixUp
 from .model_soup import ModelSoup as ModelSoup
 from .snapshot_ensemble import SnapshotEnsemble as SnapshotEnsemble
 from .temperature_scaling import TemperatureScaling as TemperatureScaling

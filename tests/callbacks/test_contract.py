@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_cnn.callbacks import BatchAugmentation, HorizontalFlip, Marginalize
+from lightning_cnn.callbacks import BatchAugmentation, CutMix, HorizontalFlip, Marginalize, MixUp
 from lightning_cnn.functional import counter
 from lightning_cnn.functional.batch import Batch
 
@@ -31,6 +31,8 @@ class Case:
 
 
 CASES = [
+    Case("cutmix", lambda: CutMix(classes=3), off=lambda: CutMix(classes=3, p=0.0)),
+    Case("mixup", lambda: MixUp(classes=3, alpha=1.0), off=lambda: MixUp(classes=3, p=0.0)),
     Case("batch_augmentation", lambda: BatchAugmentation(augment=["flip", "affine"]), off=lambda: BatchAugmentation(augment=[])),
     Case("marginalize", lambda: Marginalize(views=[HorizontalFlip()]), off=lambda: Marginalize(), plain_evaluation=False),
 ]
