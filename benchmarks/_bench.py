@@ -29,7 +29,9 @@ class Row:
     commit: str = field(default_factory=lambda: commit())
 
 
-def compare(row: str, peer: str, ours: float, theirs: float, unit: str, *, larger_is_better: bool, bar: float | None = None, n: int) -> Row:
+def compare(
+    row: str, peer: str, ours: float, theirs: float, unit: str, *, larger_is_better: bool, bar: float | None = None, n: int
+) -> Row:
     return Row(row, peer, ours, theirs, unit, ours / theirs if larger_is_better else theirs / ours, bar, n)
 
 
@@ -79,5 +81,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    run = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
     return run.stdout.strip()

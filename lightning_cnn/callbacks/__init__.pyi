@@ -10,12 +10,16 @@ from ._weight_views import Ensemble as Ensemble
 from ._weight_views import MCBatchNorm as MCBatchNorm
 from .batch_augmentation import BatchAugmentation as BatchAugmentation
 from .batch_norm_reestimation import BatchNormReestimation as BatchNormReestimation
+from .decaf_report import DecafReport as DecafReport
 from .discriminative_lr import DiscriminativeLR as DiscriminativeLR
 from .ema import EMA as EMA
+from .evaluation_report import EvaluationReport as EvaluationReport
 from .feature_cache import FeatureCache as FeatureCache
 from .frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm
 from .gradual_unfreezing import GradualUnfreezing as GradualUnfreezing
 from .l2_sp import L2SP as L2SP
+from .marginalize import Marginalize as Marginalize
 from .model_soup import ModelSoup as ModelSoup
 from .snapshot_ensemble import SnapshotEnsemble as SnapshotEnsemble
-from .marginalize import Marginalize as Marginalize
+from .temperature_scaling import TemperatureScaling as TemperatureScaling
+from .transfer_recipe import TransferRecipe as TransferRecipe

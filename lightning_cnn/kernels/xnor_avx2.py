@@ -72,8 +72,8 @@ def _tile(vectors: int) -> Any:
     """Add to `sums` the popcounts of two pixels by `vectors` * 32 channels over `triples` * 3 nibbles, at most `STEPS`.
 
     Arguments, all addresses or sizes: tables; weights (3 * vectors vectors a triple); offsets (uint32, where a step's input lies from
-    the pixel on); pixel (uint16 input, an offset into the tables); triples; sums (uint16, 32 * vectors of the first pixel); pitch (bytes
-    to those of the second pixel).
+    the pixel on); pixel (uint16 input, an offset into the tables); triples; sums (uint16, 32 * vectors of the first pixel); pitch
+    (bytes to those of the second).
     """
 
     def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
@@ -134,7 +134,7 @@ _TABLES = tables()
 
 
 def panels(negative: np.ndarray) -> np.ndarray:
-    """The weights (k, c, r, s; True where below zero) as the tiles read them: (blocks, steps, 32 * vectors) nibbles, 64-byte aligned."""
+    """The weights (k, c, r, s; True where below zero) for the tiles: (blocks, steps, 32 * vectors) nibbles, 64-byte aligned."""
     filters, channels, *taps = negative.shape
     quads = -(-channels // 4)
     vectors = vectors_for(filters)

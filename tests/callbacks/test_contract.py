@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_cnn.callbacks import BatchAugmentation
+from lightning_cnn.callbacks import BatchAugmentation, HorizontalFlip, Marginalize
 from lightning_cnn.functional import counter
 from lightning_cnn.functional.batch import Batch
 
@@ -32,6 +32,7 @@ class Case:
 
 CASES = [
     Case("batch_augmentation", lambda: BatchAugmentation(augment=["flip", "affine"]), off=lambda: BatchAugmentation(augment=[])),
+    Case("marginalize", lambda: Marginalize(views=[HorizontalFlip()]), off=lambda: Marginalize(), plain_evaluation=False),
 ]
 
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -1,0 +1,207 @@
+"""Convolutions: `auto` against torch in both memory layouts, by layer and by network, for inference and for training.
+
+python benchmarks/convolutions.py [--quick] [--json FILE] [--threads 1] [--only layers|depthwise|networks|training|memory|error]
+"""
+
+import argparse
+import copy
+import importlib.util
+import subprocess
+import sys
+from functools import partial
+
+import torch
+import torchvision
+from _bench import Row, compare, interleave, medians, missing, report, seconds
+from torch import nn
+
+from lightning_cnn.conv import swap
+from lightning_cnn.conv._call import NAMES, Call, load
+from lightning_cnn.conv._tuner import rms_error
+from lightning_cnn.functional.conv.geometry import Geometry
+
+LAST = torch.channels_last
+LAYERS = [  # batch, channels, filters, pixels, kernel, stride, groups
+    (1, 64, 64, 224, 3, 1, 1), (1, 128, 128, 112, 3, 1, 1), (1, 64, 64, 56, 3, 1, 1), (8, 64, 64, 56, 3, 1, 1), (1, 128, 128, 28, 3, 1, 1),
+    (1, 256, 256, 14, 3, 1, 1), (1, 512, 512, 7, 3, 1, 1), (8, 512, 512, 7, 3, 1, 1), (1, 512, 512, 28, 3, 1, 1), (1, 64, 128, 56, 3, 2, 1),
+    (1, 3, 64, 224, 7, 2, 1), (1, 3, 64, 224, 3, 1, 1), (1, 256, 64, 56, 1, 1, 1), (1, 64, 256, 56, 1, 1, 1), (1, 96, 96, 56, 7, 1, 96),
+    (1, 384, 384, 14, 7, 1, 384), (1, 96, 96, 112, 3, 1, 96), (1, 144, 144, 56, 5, 2, 144), (1, 32, 32, 56, 5, 1, 1), (1, 16, 16, 64, 31, 1, 1),
+    (1, 256, 256, 28, 13, 1, 256), (1, 128, 128, 56, 31, 1, 128),
+]  # fmt: skip
+DEPTHWISE = [(4, 96, 56, 7, 2.0), (4, 384, 14, 7, 2.0), (2, 256, 28, 13, None), (1, 128, 56, 15, 5.0), (1, 128, 56, 31, 5.0)]
+NETWORKS = {
+    "vgg16": (1.5, 1.25), "resnet18": (1.4, 1.25), "resnet50": (0.98, 0.98), "convnext_tiny": (0.98, 0.98), "mobilenet_v2": (0.98, 0.98),
+    "densenet121": (0.98, 0.98), "squeezenet1_1": (0.98, 0.98), "alexnet": (0.98, 0.98),
+}  # fmt: skip
+PEERS = {"ai3": "pip install aithree", "fft_conv_pytorch": "pip install fft-conv-pytorch"}
+
+
+def layer_of(c, k, kernel, stride, groups):
+    return nn.Conv2d(c, k, kernel, stride, kernel // 2, groups=groups)
+
+
+def infer(model, x):
+    with torch.inference_mode():
+        return model(x)
+
+
+def train(model, x):
+    model.zero_grad(set_to_none=True)
+    model(x).square().mean().backward()
+
+
+def versus_stock(name: str, model: nn.Module, x: torch.Tensor, work, n: int, bar: float | None) -> list[Row]:
+    """`auto` on the model in whichever layout is better for torch, against torch in that layout."""
+    stock = {"nchw": (model, x), "nhwc": (copy.deepcopy(model).to(memory_format=LAST), x.contiguous(memory_format=LAST))}
+    for pair in stock.values():
+        work(*pair), work(*pair)
+    first = medians(interleave({layout: partial(seconds, partial(work, *pair)) for layout, pair in stock.items()}, max(3, n // 2)))
+    better = min(first, key=lambda layout: first[layout])
+    ours = swap(copy.deepcopy(stock[better][0]), "auto", cache=None), stock[better][1]
+    for _ in range(3):
+        work(*ours)
+    runs = {"ours": ours, **stock}
+    times = medians(interleave({key: partial(seconds, partial(work, *pair)) for key, pair in runs.items()}, n))
+    theirs = min(times["nchw"], times["nhwc"])
+    label = f"torch {better}" if theirs == times[better] else "torch, the other layout"
+    return [compare(name, label, times["ours"] * 1e3, theirs * 1e3, "ms", larger_is_better=False, bar=bar, n=n)]
+
+
+def layers(quick: bool, threads: int) -> list[Row]:
+    rows = []
+    for b, c, k, size, kernel, stride, groups in LAYERS[:: 6 if quick else 1]:
+        name = f"layer {b}x{c}x{size} {kernel}x{kernel}/{stride}" + (" depthwise" if groups > 1 else f" to {k}")
+        x = torch.randn(b, c, size, size)
+        bar = 8.0 if kernel == 31 and groups == 1 else 0.98
+        rows += versus_stock(name, layer_of(c, k, kernel, stride, groups).eval(), x, infer, 5 if quick else 25, bar)
+    return rows
+
+
+def depthwise(quick: bool, threads: int) -> list[Row]:
+    rows = []
+    for b, c, size, kernel, bar in DEPTHWISE[:1] if quick else DEPTHWISE:
+        x = torch.randn(b, c, size, size, requires_grad=True)
+        rows += versus_stock(
+            f"train depthwise {b}x{c}x{size} {kernel}x{kernel}", layer_of(c, c, kernel, 1, c), x, train, 5 if quick else 9, bar
+        )
+    return rows
+
+
+def networks(quick: bool, threads: int) -> list[Row]:
+    rows = []
+    for name, bars in list(NETWORKS.items())[1:2] if quick else NETWORKS.items():
+        for batch in (1,) if quick else (1, 8) if name == "resnet18" else (1,):
+            model = getattr(torchvision.models, name)().eval()
+            x = torch.randn(batch, 3, 224, 224)
+            rows += versus_stock(f"infer {name}, batch {batch}", model, x, infer, 3 if quick else 9, bars[min(threads, 2) - 1])
+    return rows
+
+
+def training(quick: bool, threads: int) -> list[Row]:
+    rows = []
+    for name, batch in [("resnet18", 4), ("convnext_tiny", 2)][: 1 if quick else 2]:
+        model, x = getattr(torchvision.models, name)(), torch.randn(batch, 3, 224, 224)
+        rows += versus_stock(f"train {name}, batch {batch}", model, x, train, 3 if quick else 5, 0.98)
+    return rows
+
+
+def memory(quick: bool, threads: int) -> list[Row]:
+    """Peak memory of one layer beyond a process that only holds its input, each algorithm in a process of its own."""
+    peaks = {name: _peak_mb(name) for name in (("default", "im2col") if quick else NAMES)}
+    return [
+        compare("memory 8x64x56 3x3", name, peaks["default"], mb, "MB", larger_is_better=False, n=1) for name, mb in peaks.items() if mb
+    ]
+
+
+def error(quick: bool, threads: int) -> list[Row]:
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for name in NAMES:
+            groups = 256 if name == "depthwise" else 1
+            call = Call(
+                "forward",
+                (2, 256, 14, 14),
+                (256, 256 // groups, 3, 3),
+                Geometry(padding=(1, 1), groups=groups),
+                dtype,
+                "cpu",
+                False,
+                1,
+                False,
+            )
+            if not load(name).refuses(call):
+                stock = rms_error(call, "default")
+                row = f"error 256 channels {str(dtype)[6:]} {name}"
+                rows.append(compare(row, "torch", rms_error(call, name), stock, "rel. RMS", larger_is_better=False, n=1))
+    return rows
+
+
+def peers() -> list[Row]:
+    return [missing("layers", name, how) for name, how in PEERS.items() if importlib.util.find_spec(name) is None] + _installed_peers()
+
+
+def _installed_peers() -> list[Row]:
+    if importlib.util.find_spec("fft_conv_pytorch") is None:
+        return []
+    from fft_conv_pytorch import fft_conv
+
+    rows = []
+    for c, groups in ((16, 1), (128, 128)):
+        layer, x = layer_of(c, c, 31, 1, groups), torch.randn(1, c, 56, 56)
+        ours = swap(copy.deepcopy(layer), "auto", cache=None)
+
+        def theirs(layer=layer, x=x, groups=groups):
+            return fft_conv(x, layer.weight, layer.bias, padding=15, groups=groups)
+
+        with torch.inference_mode():
+            ours(x), theirs()
+            times = medians(interleave({"ours": lambda f=ours, x=x: seconds(lambda: f(x)), "theirs": lambda f=theirs: seconds(f)}, 9))
+        rows.append(
+            compare(
+                f"layer 1x{c}x56 31x31 groups {groups}",
+                "fft-conv-pytorch",
+                times["ours"] * 1e3,
+                times["theirs"] * 1e3,
+                "ms",
+                larger_is_better=False,
+                n=9,
+            )
+        )
+    return rows
+
+
+def _peak_mb(name: str) -> float:
+    script = (
+        "import resource, torch, sys; from lightning_cnn.conv import swap; torch.set_num_threads(1)\n"
+        "layer = swap(torch.nn.Conv2d(64, 64, 3, padding=1), sys.argv[1]); x = torch.randn(8, 64, 56, 56)\n"
+        "with torch.inference_mode():\n"
+        "    layer(x[:1, :, :8, :8].contiguous()); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; layer(x)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    run = subprocess.run([sys.executable, "-c", script, name], capture_output=True, text=True, check=True)
+    return float(run.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json")
+    parser.add_argument("--threads", type=int, default=1)
+    sections = {f.__name__: f for f in (layers, depthwise, networks, training, memory, error)}
+    parser.add_argument("--only", choices=[*sections, "peers"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    rows = [
+        row
+        for name, section in sections.items()
+        if arguments.only in (None, name)
+        for row in section(arguments.quick, arguments.threads)
+    ]
+    for row in rows:
+        row.row += f", {arguments.threads} thread" + "s" * (arguments.threads > 1)
+    report(rows + (peers() if arguments.only in (None, "peers") else []), arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Measure every algorithm that accepts a call, and choose: the default unless another is clearly faster and accurate enough."""
+
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_cnn.conv._call import NAMES, Call, load
+from lightning_cnn.conv._store import Store, default_folder
+
+SWITCH_ABOVE = 1.10
+OVERHEAD_S = 4e-5  # what a pass through the operator costs more than a stock one; measured 15 to 75 microseconds
+ROUNDS, HOPELESS = 9, 1.5
+EVICTED_BYTES = 32 << 20
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What 'auto' may spend: RMS error relative to float64, and memory beside input and output."""
+
+    max_error: float = 1e-5
+    max_workspace_mb: float = 256.0
+    cache: str | None = "default"  # a folder; None remembers nothing between runs
+
+    def plan(self) -> str:
+        """The settings as the plan that the operator carries."""
+        return f"auto {json.dumps(asdict(self), sort_keys=True)}"
+
+    def folder(self) -> Path | None:
+        return default_folder() if self.cache == "default" else Path(self.cache) if self.cache else None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen for one call, and on what grounds."""
+
+    algorithm: str
+    seconds: float
+    default_seconds: float
+    error: float | None
+    workspace: int
+    reason: str
+
+    @property
+    def speedup(self) -> float:
+        return self.default_seconds / self.seconds if self.seconds else 1.0
+
+
+@cache
+def tuner_for(plan: str) -> "Tuner":
+    """The tuner of a plan 'auto {...}': one for each setting, shared by all layers and models of the process."""
+    settings = Settings(**json.loads(plan.removeprefix("auto") or "{}"))
+    return Tuner(settings, Store(settings.folder()))
+
+
+@dataclass
+class Tuner:
+    """`choose` answers at once for what is known; the unknown is measured on the spot, or between steps when several processes train."""
+
+    settings: Settings
+    store: Store
+    clock: Callable[[], float] = time.perf_counter
+    decisions: dict[Call, Decision] = field(default_factory=dict)
+    pending: dict[Call, None] = field(default_factory=dict)
+    generation: int = 0  # moves whenever a decision does
+
+    def choose(self, call: Call) -> str:
+        if min(call.y) == 0:
+            return "default"
+        if call not in self.decisions:
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                self.pending[call] = None  # A rank that stopped to measure would let the others wait; `tune_pending` is called by all
+                return "default"
+            self._adopt(self.measure([call]))
+        return self.decisions[call].algorithm
+
+    def tune_pending(self) -> int:
+        """Measure on rank 0 what any rank has met since the last time, tell everybody, and return how many calls that were.
+
+        Collective: every rank must call it.
+        """
+        calls = _union(self.pending)
+        if calls:
+            self._adopt(_from_rank_0(lambda: self.measure(calls)))
+        self.pending.clear()
+        return len(calls)
+
+    def recheck(self) -> list[Call]:
+        """Measure the choices once more; those that are slower than the default now are reverted and returned. Collective."""
+        chosen = [call for call, decision in self.decisions.items() if decision.algorithm != "default"]
+        again = _from_rank_0(lambda: {call: self._revised(call, self.decisions[call]) for call in _union(dict.fromkeys(chosen))})
+        reverted = [call for call, decision in again.items() if decision.algorithm == "default"]
+        if reverted:
+            self._adopt({call: again[call] for call in reverted})
+            log.info("Reverted %d choices that turned out slower than the default.", len(reverted))
+        return reverted
+
+    def measure(self, calls: Iterable[Call]) -> dict[Call, Decision]:
+        """A decision for each call; those of an earlier run are only confirmed."""
+        decisions = {}
+        with torch.inference_mode(False), torch.no_grad():  # Tensors of inference mode have no version: nothing could be kept for them
+            for call in calls:
+                remembered = self.store.get(call)
+                candidates, refused = self._candidates(call, NAMES if remembered is None else {"default", remembered})
+                decisions[call] = self._decide(call, candidates, refused)
+        self.store.put({call: decision.algorithm for call, decision in decisions.items()})
+        return decisions
+
+    def _adopt(self, decisions: dict[Call, Decision]) -> None:
+        self.decisions.update(decisions)
+        self.generation += 1
+
+    def _candidates(self, call: Call, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+        refused = {}
+        for name in sorted(names):
+            reason = load(name).refuses(call)
+            megabytes = 0 if reason else load(name).workspace(call) / 2**20
+            if megabytes > self.settings.max_workspace_mb:
+                reason = f"needs {megabytes:.0f} MB of workspace, {self.settings.max_workspace_mb:g} are allowed"
+            if reason and name != "default":
+                refused[name] = reason
+        return [name for name in sorted(names) if name not in refused], refused
+
+    def _decide(self, call: Call, candidates: list[str], refused: dict[str, str]) -> Decision:
+        seconds = self._race(call, candidates)
+        seconds = {name: value + (name != "default") * OVERHEAD_S for name, value in seconds.items()}
+        default, runner_up = seconds["default"], ""
+        for name in sorted(seconds, key=lambda name: seconds[name]):
+            ratio = default / seconds[name]
+            if name == "default" or ratio <= SWITCH_ABOVE:
+                break
+            error, stock = rms_error(call, name), rms_error(call, "default")
+            if error <= max(self.settings.max_error, 2 * stock):
+                workspace = load(name).workspace(call)
+                return Decision(name, seconds[name], default, error, workspace, f"{ratio:.2f}x faster than the default")
+            runner_up = f"{name} is {ratio:.2f}x faster but its error {error:.1e} exceeds {self.settings.max_error:.0e}"
+        others = {name: default / t for name, t in seconds.items() if name != "default"}
+        if others and not runner_up:
+            best = max(others, key=lambda name: others[name])
+            runner_up = f"the next best, {best}, runs at {others[best]:.2f}x"
+        reason = runner_up or "; ".join(f"{name} {why}" for name, why in refused.items())
+        return Decision("default", default, default, None, 0, reason)
+
+    def _revised(self, call: Call, decision: Decision) -> Decision:
+        seconds = self._race(call, ["default", decision.algorithm])
+        ratio = seconds["default"] / (seconds[decision.algorithm] + OVERHEAD_S)
+        if ratio >= 1:
+            return decision
+        reason = f"reverted: {decision.algorithm} was measured again at {ratio:.2f}x"
+        return Decision("default", seconds["default"], seconds["default"], None, 0, reason)
+
+    def _race(self, call: Call, names: list[str]) -> dict[str, float]:
+        """Median seconds of each, run in turns so that a slow moment of the machine hits all alike; the hopeless drop out early."""
+        operands = example(call)
+        if len(names) > 1:
+            for name in names:
+                load(name).compute(call, *operands)
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(ROUNDS if len(names) > 1 else 1):
+            for name in times:
+                times[name].append(self._timed(call, name, operands))
+            if turn == 1:
+                best = min(min(values) for values in times.values())
+                times = {name: values for name, values in times.items() if name == "default" or min(values) <= HOPELESS * best}
+                if len(times) == 1:
+                    break
+        return {name: statistics.median(values) for name, values in times.items()}
+
+    def _timed(self, call: Call, name: str, operands: tuple[Tensor, Tensor, Tensor | None]) -> float:
+        _evict(call.device)
+        start = self.clock()
+        load(name).compute(call, *operands)
+        if call.device == "cuda":
+            torch.cuda.synchronize()
+        return self.clock() - start
+
+
+def example(call: Call) -> tuple[Tensor, Tensor, None]:
+    """Operands of the call's shape and layout, filled with noise of its own: nobody's random state moves."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(shape: tuple[int, ...], last: bool) -> Tensor:
+        value = torch.randn(shape, generator=generator).to(call.device, call.dtype)
+        return value.contiguous(memory_format=torch.channels_last) if last else value
+
+    shapes = {"forward": (call.x, call.weight), "input": (call.y, call.weight), "weight": (call.x, call.y)}[call.role]
+    return noise(shapes[0], call.channels_last), noise(shapes[1], call.channels_last and call.role == "weight"), None
+
+
+@cache
+def rms_error(call: Call, name: str) -> float:
+    """Root mean square error against float64, relative to the result's, on at most two pictures."""
+    small = replace(call, x=(min(call.x[0], 2), *call.x[1:]), keep=False)
+    a, b, _ = example(small)
+    exact = load("default").compute(replace(small, dtype=torch.float64), a.double(), b.double(), None)
+    found = load(name).compute(small, a, b, None).double()
+    return float((found - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(1e-300))
+
+
+@cache
+def _evicting(device: str) -> Tensor:
+    return torch.zeros(EVICTED_BYTES // 4, device=device)
+
+
+def _evict(device: str) -> None:
+    """Push filters out of the cache, where the other layers of a network would have pushed them."""
+    _evicting(device).add_(1)
+
+
+def _many() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _union(calls: dict[Call, None]) -> list[Call]:
+    if not _many():
+        return list(calls)
+    everybody: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, list(calls))
+    return list(dict.fromkeys(call for mine in everybody for call in mine))
+
+
+def _from_rank_0(compute: Callable[[], dict[Call, Decision]]) -> dict[Call, Decision]:
+    if not _many():
+        return compute()
+    box = [compute() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0] or {}

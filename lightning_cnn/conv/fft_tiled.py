@@ -1,0 +1,38 @@
+"""Multiply the spectra of small overlapping tiles.
+
+Source: Highlander & Rodriguez 2016, arXiv:1601.06815.
+"""
+
+import torch
+from torch import Tensor
+
+from lightning_cnn.conv._call import Call, nbytes, with_bias
+from lightning_cnn.conv._transformed import transformed
+from lightning_cnn.functional.conv import fft_tiled
+from lightning_cnn.functional.conv.geometry import span, tile_size
+
+
+def refuses(call: Call) -> str:
+    return "" if call.geometry.stride == (1, 1) else "needs stride 1"
+
+
+def workspace(call: Call) -> int:
+    if call.role == "input":
+        return workspace(call.as_forward())
+    reach = span(call.kernel, call.geometry.dilation)
+    tile = tile_size((call.y[2], call.y[3]), reach)
+    tiles = -(-call.y[2] // (tile - reach[0] + 1)) * -(-call.y[3] // (tile - reach[1] + 1))
+    planes = (call.x[0] * call.x[1] + call.x[0] * call.weight[0]) * tiles + call.weight[0] * call.weight[1]
+    double = torch.float64 if call.dtype == torch.float64 else torch.float32
+    return nbytes((planes, tile, tile // 2 + 1, 2), (planes, tile, tile), dtype=double)
+
+
+def compute(call: Call, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    if call.role == "weight":
+        return fft_tiled.weight_gradient(a, b, call.kernel, call.geometry)
+    if call.role == "input":
+        return fft_tiled.input_gradient(a, b, call.size, call.geometry)
+    size = (call.y[2], call.y[3])
+    kind = ("fft_tiled", tile_size(size, span(call.kernel, call.geometry.dilation)), call.geometry.dilation)
+    W = transformed(b, kind, lambda: fft_tiled.transform(b, size, call.geometry), call.keep)
+    return with_bias(fft_tiled.forward(a, b, call.geometry, W), bias)
