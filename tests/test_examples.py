@@ -17,6 +17,16 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 SHORT = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
 # A recipe's own small size, in the place of the Trainer's limits; and what an experiment on your pictures has no default for.
 SMALL = {
+    "decaf": ["data.root=FOLDER", "data.size_px=32", "model.architecture=small_cnn", "model.weights=null"],
+    "few_shot": [
+        "data.root=FOLDER",
+        "data.size_px=32",
+        "data.shots=2",
+        "model.architecture=small_cnn",
+        "model.weights=null",
+        "callbacks.feature_cache=null",
+        *SHORT,
+    ],
     "digits": ["recipe.seeds=2", "recipe.epochs=1", "recipe.views=2", "recipe.pretraining_epochs=1"],
     "transfer": ["data.root=FOLDER", "data.size_px=32", "model.architecture=small_cnn", "model.weights=null", *SHORT],
 }
