@@ -1,7 +1,7 @@
 """One bit for weights and activations costs about a point on digits, and the trained network runs on packed bits.
 
 python examples/10_one_bit.py [--quick]
-RESULT
+Not yet measured; accuracy on digits, 3 seeds.
 """
 
 import sys

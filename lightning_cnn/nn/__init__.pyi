@@ -1,6 +1,3 @@
-from .pack import pack as pack
-from .packed import PackedConv2d as PackedConv2d
-from .packed import PackedLinear as PackedLinear
 from .batch_norm import reestimate_batch_norm as reestimate_batch_norm
 from .features import features as features
 from .features import pooled as pooled
@@ -11,6 +8,9 @@ from .noise import DropConnectConv2d as DropConnectConv2d
 from .noise import DropConnectLinear as DropConnectLinear
 from .noise import Dropout as Dropout
 from .noise import StochasticDepth as StochasticDepth
+from .pack import pack as pack
+from .packed import PackedConv2d as PackedConv2d
+from .packed import PackedLinear as PackedLinear
 from .random_lens_distortion import RandomLensDistortion as RandomLensDistortion
 from .random_pca_lighting import RandomPCALighting as RandomPCALighting
 from .stages import Stage as Stage
