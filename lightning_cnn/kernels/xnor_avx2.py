@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false, reportMissingParameterType=false, reportArgumentType=false, reportReturnType=false
+# (numba's intrinsics are called without their first parameter)
 """Products of +-1 by +-1 on AVX2: table look-ups in place of the popcount instruction that AVX2 lacks.
 
 Four bits of the input choose a table of 16 bytes, popcount(input ^ weight) for every nibble of weights; one `vpshufb` looks it up for
@@ -122,7 +124,7 @@ def _tile(vectors: int) -> Any:
         return context.get_dummy_value()
 
     @intrinsic
-    def tile(typingctx, table_base, weights, offsets, pixel, triples, sums, pitch):  # pyright: ignore[reportMissingParameterType]
+    def tile(typingctx, table_base, weights, offsets, pixel, triples, sums, pitch):
         return types.void(*[types.uintp] * 7), build
 
     return tile
@@ -155,7 +157,7 @@ def vectors_for(filters: int) -> int:
 
 
 @intrinsic
-def _spread(typingctx, word, address):  # pyright: ignore[reportMissingParameterType]
+def _spread(typingctx, word, address):
     """Write the 16 nibbles of `word` as uint16 to `address`."""
 
     def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
@@ -171,7 +173,7 @@ def _spread(typingctx, word, address):  # pyright: ignore[reportMissingParameter
     return types.void(types.uint64, types.uintp), build
 
 
-def _expand(words, quads, stride_w, padding_h, padding_w, inputs):  # pyright: ignore[reportMissingParameterType]
+def _expand(words, quads, stride_w, padding_h, padding_w, inputs):
     """Packed words (n, h, w, c / 64) to table offsets (n, rows, columns * quads) of pixel pairs `stride_w` columns apart."""
     batch, height, width, per_pixel = words.shape
     rows, size = inputs.shape[1], inputs.shape[2]
@@ -264,7 +266,7 @@ def _task(n, begin, inputs, panel, offsets, size, geometry, affine, floats, thre
         _finish(sums, block * lanes, lanes, size, geometry, begin, end, affine, floats[n], threshold, flip, bits[n])
 
 
-def _convolve(inputs, panel, offsets, size, geometry, affine, floats, threshold, flip, bits):  # pyright: ignore[reportMissingParameterType]
+def _convolve(inputs, panel, offsets, size, geometry, affine, floats, threshold, flip, bits):
     tasks = (size.height * size.pairs + _PAIRS - 1) // _PAIRS
     for task in prange(inputs.shape[0] * tasks):
         _task(task // tasks, task % tasks * _PAIRS, inputs, panel, offsets, size, geometry, affine, floats, threshold, flip, bits)

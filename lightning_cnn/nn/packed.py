@@ -140,7 +140,7 @@ def _affine(layer: LowBitConv2d | LowBitLinear, norm: Any) -> Tensor:
         rows[2] = torch.from_numpy(inverse) * (one if norm.weight is None else norm.weight.cpu())
         with torch.no_grad():
             shape = (1, filters) if isinstance(norm, nn.BatchNorm1d) else (1, filters, 1, 1)
-            rows[3] = norm(torch.zeros(shape, device=norm.running_mean.device)).flatten()
+            rows[3] = norm(torch.zeros(shape, device=norm.running_mean.device)).flatten()  # pyright: ignore[reportOptionalMemberAccess]
     return torch.stack([row.detach().float().cpu() for row in rows]).contiguous()
 
 
