@@ -1,7 +1,7 @@
 """One operator for a convolution and both its gradients, so that autograd, `torch.compile` and flop counters see one opaque step.
 
-The three roles are closed under differentiation: each is linear in either argument, and the derivative of one is another. So gradients of any
-order go through the algorithm that was chosen for their role.
+The three roles are closed under differentiation: each is linear in either argument, and the derivative of one is another. So
+gradients of any order go through the algorithm that was chosen for their role.
 """
 
 import torch
@@ -21,7 +21,7 @@ SCHEMA = (
 
 @torch.library.custom_op("lightning_cnn::convolve", mutates_args=(), schema=SCHEMA)
 def convolve(role, a, b, bias, size, stride, padding, dilation, groups, plan, keep):
-    """`role` of (x, weight, bias), (g, weight) or (x, g); `size` is the picture of an input gradient or the kernel of a weight gradient."""
+    """`role` of (x, weight, bias), (g, weight) or (x, g); `size` is the picture of an input gradient, the kernel of a weight's."""
     call = describe(role, a, b, size, Geometry(tuple(stride), tuple(padding), tuple(dilation), groups), keep)
     result = load(algorithm_for(call, plan)).compute(call, a.detach(), b if keep else b.detach(), bias)
     return result.contiguous(memory_format=_format(role, a, b))

@@ -1,6 +1,7 @@
 """What was chosen for each layer, shape and pass, and why: as rows, as a table and as a picture."""
 
 from dataclasses import dataclass
+from io import StringIO
 
 from rich.console import Console
 from rich.table import Table
@@ -46,9 +47,9 @@ class Report:
         return self.table()
 
     def __str__(self) -> str:
-        console = Console(width=200, record=True, quiet=True)
+        console = Console(width=200, file=StringIO())
         console.print(self.table())
-        return console.export_text()
+        return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def report(model: nn.Module) -> Report:

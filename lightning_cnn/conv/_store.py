@@ -1,7 +1,7 @@
 """Measured choices on disk, one JSON file an environment (processor, versions); read as a hint from a stranger, never as the truth.
 
-A file that is damaged, of another format or environment, or that names what does not exist is ignored with a warning; every choice taken from it
-is measured again before it is used twice.
+A file that is damaged, of another format or environment, or that names what does not exist is ignored with a warning; every choice
+taken from it is measured again before it is used twice.
 """
 
 import json

@@ -98,10 +98,10 @@ def swap(
 ) -> nn.Module:
     """Let every `nn.Conv2d` of the model compute its convolution with `algorithm`, in place, and return the model.
 
-    `algorithm` is a name, 'auto' (measured for each layer, shape and pass), 'forward/input/weight' for a name a pass, or a mapping from layer
-    patterns to those: `{"layer1.*": "winograd4"}`; the first pattern that fits a layer counts. What an algorithm cannot do is done by the default,
-    and `report` says so. `max_error` and `max_workspace_mb` bound what 'auto' may choose, `cache` is the folder of its memory (None: no memory).
-    Subclasses of `nn.Conv2d` compute in their own way and are left alone.
+    `algorithm` is a name, 'auto' (measured for each layer, shape and pass), 'forward/input/weight' for a name a pass, or a mapping
+    from layer patterns to those: `{"layer1.*": "winograd4"}`; the first pattern that fits a layer counts. What an algorithm cannot do
+    is done by the default, and `report` says so. `max_error` and `max_workspace_mb` bound what 'auto' may choose, `cache` is the
+    folder of its memory (None: no memory). Subclasses of `nn.Conv2d` compute in their own way and are left alone.
     """
     settings = check(algorithm, max_error, max_workspace_mb, cache)
     patterns = {"*": algorithm} if isinstance(algorithm, str) else dict(algorithm)

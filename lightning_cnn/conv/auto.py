@@ -1,11 +1,10 @@
 """Give every convolution of a model the fastest algorithm that is accurate enough, measured where it runs.
 
-Source: Frigo & Johnson 2005, "The design and implementation of FFTW3" (planning by measurement); `cudnn.benchmark`, which measures too, but
-knows neither memory layouts nor an error budget and forgets at exit.
+Source: Frigo & Johnson 2005, "The design and implementation of FFTW3" (planning by measurement); `cudnn.benchmark`, which measures
+too, but knows neither memory layouts nor an error budget and forgets at exit.
 """
 
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_cnn.conv import _swap
-from lightning_cnn.errors import NoEffectWarning
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +20,10 @@ log = logging.getLogger(__name__)
 class ConvAlgorithm(Callback):
     """Swap the model's convolutions before a run and put them back after it, also when the run ends in an error.
 
-    `algorithm`, `max_error`, `max_workspace_mb` and `cache` are those of `lightning_cnn.conv.swap`. With several processes, what the first step
-    met is measured on rank 0 between that step and the next and broadcast. At the end of each of the first `recheck_epochs` epochs the
-    choices are measured again, and reverted where they are slower than the default. `report` has the table after a run.
+    `algorithm`, `max_error`, `max_workspace_mb` and `cache` are those of `lightning_cnn.conv.swap`. With several processes, what the
+    first step met is measured on rank 0 between that step and the next and broadcast. At the end of each of the first
+    `recheck_epochs` epochs the choices are measured again, and reverted where they are slower than the default. `report` has the
+    table after a run.
     """
 
     def __init__(
@@ -43,9 +42,8 @@ class ConvAlgorithm(Callback):
         _swap.check(self.algorithm, **self.options)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not any(type(layer) is nn.Conv2d for layer in pl_module.modules()):
-            return  # LightningModules may still build their layers in configure_model
-        self._swap(pl_module)
+        if any(type(layer) is nn.Conv2d for layer in pl_module.modules()):  # Others are built later, in configure_model
+            self._swap(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module)
@@ -73,10 +71,8 @@ class ConvAlgorithm(Callback):
         self._finish(pl_module)
 
     def _swap(self, pl_module: LightningModule) -> None:
-        if any(type(layer) is nn.Conv2d for layer in pl_module.modules()):
+        if not _swap.swapped(pl_module):
             _swap.swap(pl_module, self.algorithm, **self.options)
-        elif not _swap.swapped(pl_module):
-            warnings.warn("ConvAlgorithm changed nothing: the model has no plain nn.Conv2d.", NoEffectWarning, stacklevel=2)
 
     def _settle(self, pl_module: LightningModule, batch_idx: int) -> None:
         if batch_idx == 0:  # The one batch that every rank has

@@ -1,11 +1,11 @@
 """Depthwise convolution and its weight gradient, eight channels a vector: both are one correlation of two small pictures.
 
-`y[h, w] = sum over taps of weight[tap] * x[h, w shifted by tap]` and `gw[tap] = sum over pixels of g[pixel] * x[pixel shifted by tap]` differ
-only in what is summed and what is shifted, so one register-blocked loop computes both. Planes are gathered eight channels at a time into a
-padded scratch picture, from either memory layout.
+`y[h, w] = sum over taps of weight[tap] * x[h, w shifted by tap]` and `gw[tap] = sum over pixels of g[pixel] * x[pixel shifted by
+tap]` differ only in what is summed and what is shifted, so one register-blocked loop computes both. Planes are gathered eight
+channels at a time into a padded scratch picture, from either memory layout.
 
-Source: Zhang et al. 2018, "High performance zero-memory overhead direct convolutions", arXiv:1809.10170 (the idea: no workspace, blocked
-channels).
+Source: Zhang et al. 2018, "High performance zero-memory overhead direct convolutions", arXiv:1809.10170 (the idea: no workspace,
+blocked channels).
 """
 
 import numpy as np

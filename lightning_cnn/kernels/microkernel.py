@@ -1,8 +1,8 @@
 """Two inner loops held in vector registers; numba's loops spill them to memory, so they are written as LLVM instructions.
 
-`multiply_6x16` is six rows and sixteen columns of a matrix product: twelve vector sums, two loads and six broadcasts a step, which is what
-the sixteen registers of AVX2 hold. `sandwich(matrix)` makes a loop that computes `matrix @ tile @ matrix.T` for eight channels at once, for
-any constant matrix. Both take flat float32 arrays and offsets into them.
+`multiply_6x16` is six rows and sixteen columns of a matrix product: twelve vector sums, two loads and six broadcasts a step, which is
+what the sixteen registers of AVX2 hold. `sandwich(matrix)` makes a loop that computes `matrix @ tile @ matrix.T` for eight channels
+at once, for any constant matrix. Both take flat float32 arrays and offsets into them.
 
 Source: Goto & van de Geijn 2008, "Anatomy of high-performance matrix multiplication", section 5.
 """

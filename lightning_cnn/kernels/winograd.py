@@ -1,7 +1,7 @@
 """Winograd convolution in one pass over the picture: transform, multiply and transform back a block of tiles while it is in cache.
 
-A thread takes a block of output tiles, writes their transformed inputs V (one matrix of tiles x channels a frequency), multiplies them with
-the transformed filters U in registers, and transforms the products M into pixels; V and M of a block stay in its cache.
+A thread takes a block of output tiles, writes their transformed inputs V (one matrix of tiles x channels a frequency), multiplies
+them with the transformed filters U in registers, and transforms the products M into pixels; V and M of a block stay in its cache.
 
 Source: Lavin & Gray 2015, arXiv:1509.09308, section 4; Jia et al. 2018, "Optimizing N-dimensional, Winograd-based convolution for
 manycore CPUs" (blocking for the cache).
@@ -10,7 +10,7 @@ manycore CPUs" (blocking for the cache).
 import numpy as np
 from numba import njit, prange
 
-from lightning_cnn.kernels.microkernel import COLUMNS, LANES, ROWS, multiply_6x16, sandwich
+from lightning_cnn.kernels.microkernel import COLUMNS, ROWS, multiply_6x16, sandwich
 
 # B^T and A^T of `functional.conv.winograd.cook_toom`, the test compares them.
 INPUT_2 = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, -1, 0, 1))
@@ -56,9 +56,9 @@ def _scatter(pixels, y, n, i, j, low, K, m):
 def winograd(x, U, bias, y, m, top, left, workers, block, splits):
     """Write `y` (n, ho, wo, k) from `x` (n, h, w, c) and packed filters `U` ((m+2)^2, panels, c, 16).
 
-    All float32 and contiguous; c is a multiple of 8, `bias` has panels * 16 entries, `top` and `left` are the zero padding. `block` tiles
-    (a multiple of 6) are kept in cache together; `splits` parts of the filters are separate pieces of work, for pictures with too few
-    tiles to share among `workers` threads.
+    All float32 and contiguous; c is a multiple of 8, `bias` has panels * 16 entries, `top` and `left` are the zero padding. `block`
+    tiles (a multiple of 6) are kept in cache together; `splits` parts of the filters are separate pieces of work, for pictures with
+    too few tiles to share among `workers` threads.
     """
     N, H, W, C = x.shape
     _, Ho, Wo, Kout = y.shape

@@ -6,10 +6,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-COLOURS = {
-    "default": "#9a9a9a", "depthwise": "#e69f00", "fft": "#56b4e9", "fft_tiled": "#0072b2", "im2col": "#cc79a7", "layout": "#f0e442",
-    "winograd2": "#66c2a5", "winograd4": "#009e73",
-}  # fmt: skip
+from lightning_cnn.plot._style import COLOURS, figure
+
+GREY = "#9a9a9a"
+NAMES = ("winograd4", "depthwise", "winograd2", "layout", "im2col", "fft", "fft_tiled")
 
 
 def conv_report(rows: Sequence[Any]) -> Figure:
@@ -18,11 +18,11 @@ def conv_report(rows: Sequence[Any]) -> Figure:
     `rows` have `layer`, `role`, `algorithm`, `seconds` and `speedup`, as `Report.rows` has; those without a time are left out.
     """
     timed = [row for row in rows if row.seconds]
-    figure = Figure(figsize=(8, 1.5 + 0.22 * max(len(timed), 1)), layout="constrained")
-    axes = figure.subplots()
+    colours = {"default": GREY, **dict(zip(NAMES, COLOURS, strict=False))}
+    made, (axes,) = figure(8, 1.5 + 0.22 * len(timed))
     for place, row in enumerate(timed):
         axes.barh(place, 1e3 * row.seconds * row.speedup, fill=False, edgecolor="#b0b0b0")
-        axes.barh(place, 1e3 * row.seconds, color=COLOURS.get(row.algorithm, "black"))
+        axes.barh(place, 1e3 * row.seconds, color=colours.get(row.algorithm, "black"))
         if row.algorithm != "default":
             axes.text(1e3 * row.seconds * row.speedup, place, f" {row.speedup:.1f}x", va="center", fontsize=7)
     axes.set_yticks(range(len(timed)), [f"{row.layer} {row.role}" for row in timed], fontsize=7)
@@ -30,5 +30,5 @@ def conv_report(rows: Sequence[Any]) -> Figure:
     axes.set_xlabel("milliseconds (outline: default)")
     used = dict.fromkeys(row.algorithm for row in timed)
     if used:
-        axes.legend(handles=[Patch(color=COLOURS.get(name, "black"), label=name) for name in used], loc="lower right", fontsize=8)
-    return figure
+        axes.legend(handles=[Patch(color=colours.get(name, "black"), label=name) for name in used], loc="lower right", fontsize=8)
+    return made

@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_cnn.functional.conv.geometry import Geometry, Pair, gradient_as_forward, output_size
+from lightning_cnn.functional.conv.geometry import PLAIN, Geometry, Pair, gradient_as_forward, output_size
 
 
-def forward(
-    x: Float[Tensor, "b c h w"], weight: Float[Tensor, "c 1 r s"], geometry: Geometry = Geometry()
-) -> Float[Tensor, "b c ho wo"]:
+def forward(x: Float[Tensor, "b c h w"], weight: Float[Tensor, "c 1 r s"], geometry: Geometry = PLAIN) -> Float[Tensor, "b c ho wo"]:
     """y = sum over taps of w[tap] times x shifted by the tap."""
     _, _, r, s = weight.shape
     size = output_size((x.shape[2], x.shape[3]), (r, s), geometry)
@@ -24,14 +22,14 @@ def forward(
 
 
 def input_gradient(
-    g: Float[Tensor, "b c ho wo"], weight: Float[Tensor, "c 1 r s"], size: Pair, geometry: Geometry = Geometry()
+    g: Float[Tensor, "b c ho wo"], weight: Float[Tensor, "c 1 r s"], size: Pair, geometry: Geometry = PLAIN
 ) -> Float[Tensor, "b c h w"]:
     """The forward convolution of g with the mirrored filters; needs stride one."""
     return forward(*gradient_as_forward(g, weight, geometry))
 
 
 def weight_gradient(
-    x: Float[Tensor, "b c h w"], g: Float[Tensor, "b c ho wo"], size: Pair, geometry: Geometry = Geometry()
+    x: Float[Tensor, "b c h w"], g: Float[Tensor, "b c ho wo"], size: Pair, geometry: Geometry = PLAIN
 ) -> Float[Tensor, "c 1 r s"]:
     """gw[tap] = the inner product of g with x shifted by the tap."""
     shape = (g.shape[2], g.shape[3])

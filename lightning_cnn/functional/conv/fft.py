@@ -1,7 +1,7 @@
 """Convolution as a product of spectra: its cost does not grow with the filter, so it wins where filters are large.
 
-Two forward transforms, one multiplication a frequency (a matrix product over channels), one transform back. The two gradients conjugate a
-different factor. A stride is computed in full and thinned out afterwards; half precision is computed in float32.
+Two forward transforms, one multiplication a frequency (a matrix product over channels), one transform back. The two gradients
+conjugate a different factor. A stride is computed in full and thinned out afterwards; half precision is computed in float32.
 
 Source: Mathieu, Henaff & LeCun 2013, "Fast training of convolutional networks through FFTs", arXiv:1312.5851, section 2.
 """
@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from lightning_cnn.functional.conv.geometry import Geometry, Pair, fast_size, output_size, span, spread
+from lightning_cnn.functional.conv.geometry import PLAIN, Geometry, Pair, fast_size, output_size, span, spread
 
 
 def forward(
     x: Float[Tensor, "b c h w"],
     weight: Float[Tensor, "k c_g r s"],
-    geometry: Geometry = Geometry(),
+    geometry: Geometry = PLAIN,
     transformed: Complex[Tensor, "k c_g fh fw"] | None = None,
 ) -> Float[Tensor, "b k ho wo"]:
     """y = x * w; `transformed` is `transform(weight, ...)` where the caller has kept it."""
@@ -35,7 +35,7 @@ def input_gradient(
     g: Float[Tensor, "b k ho wo"],
     weight: Float[Tensor, "k c_g r s"],
     size: Pair,
-    geometry: Geometry = Geometry(),
+    geometry: Geometry = PLAIN,
     transformed: Complex[Tensor, "k c_g fh fw"] | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """The full convolution of g with the filters, cut to the picture's `size`."""
@@ -49,7 +49,7 @@ def input_gradient(
 
 
 def weight_gradient(
-    x: Float[Tensor, "b c h w"], g: Float[Tensor, "b k ho wo"], size: Pair, geometry: Geometry = Geometry()
+    x: Float[Tensor, "b c h w"], g: Float[Tensor, "b k ho wo"], size: Pair, geometry: Geometry = PLAIN
 ) -> Float[Tensor, "k c_g r s"]:
     """The correlation of x with g, at the taps."""
     frequencies = transform_size((x.shape[2], x.shape[3]), geometry)

@@ -1,7 +1,7 @@
 """Convolution by Fourier transforms of small overlapping tiles: memory and work follow the filter, not the picture.
 
-Each tile is transformed, multiplied and transformed back; of every result only the pixels without wrap-around are kept (overlap and save).
-Needs stride one; dilation is written out as zeros in the filter.
+Each tile is transformed, multiplied and transformed back; of every result only the pixels without wrap-around are kept (overlap and
+save). Needs stride one; dilation is written out as zeros in the filter.
 
 Source: Highlander & Rodriguez 2016, "Very efficient training of convolutional neural networks using fast Fourier transform and
 overlap-and-add", arXiv:1601.06815.
@@ -15,13 +15,13 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from lightning_cnn.functional.conv.fft import _over_batch, _over_input_channels, _rfft
-from lightning_cnn.functional.conv.geometry import Geometry, Pair, gradient_as_forward, output_size, span, spread, tile_size
+from lightning_cnn.functional.conv.geometry import PLAIN, Geometry, Pair, gradient_as_forward, output_size, span, spread, tile_size
 
 
 def forward(
     x: Float[Tensor, "b c h w"],
     weight: Float[Tensor, "k c_g r s"],
-    geometry: Geometry = Geometry(),
+    geometry: Geometry = PLAIN,
     transformed: Complex[Tensor, "k c_g t tf"] | None = None,
 ) -> Float[Tensor, "b k ho wo"]:
     """y = x * w for stride one; `transformed` is `transform(weight, ...)` where the caller has kept it."""
@@ -30,7 +30,7 @@ def forward(
     tile = tile_size(size, reach)
     W = transform(weight, size, geometry) if transformed is None else transformed
     X = _rfft(_tiles(x, size, reach, tile, geometry), (tile, tile))
-    b, c, down, across = X.shape[:4]
+    b, _, down, across = X.shape[:4]
     Y = _over_input_channels(X.permute(0, 2, 3, 1, 4, 5).flatten(0, 2), W.conj_physical(), geometry.groups)
     kept = torch.fft.irfft2(Y, s=(tile, tile))[:, :, : tile - reach[0] + 1, : tile - reach[1] + 1]
     y = kept.unflatten(0, (b, down, across)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
@@ -38,14 +38,14 @@ def forward(
 
 
 def input_gradient(
-    g: Float[Tensor, "b k ho wo"], weight: Float[Tensor, "k c_g r s"], size: Pair, geometry: Geometry = Geometry()
+    g: Float[Tensor, "b k ho wo"], weight: Float[Tensor, "k c_g r s"], size: Pair, geometry: Geometry = PLAIN
 ) -> Float[Tensor, "b c h w"]:
     """The forward convolution of g with the mirrored filters."""
     return forward(*gradient_as_forward(g, weight, geometry))
 
 
 def weight_gradient(
-    x: Float[Tensor, "b c h w"], g: Float[Tensor, "b k ho wo"], size: Pair, geometry: Geometry = Geometry()
+    x: Float[Tensor, "b c h w"], g: Float[Tensor, "b k ho wo"], size: Pair, geometry: Geometry = PLAIN
 ) -> Float[Tensor, "k c_g r s"]:
     """The sum over tiles of each tile's correlation with the gradients of the pixels it produced."""
     reach = span(size, geometry.dilation)

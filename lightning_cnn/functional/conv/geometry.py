@@ -1,7 +1,7 @@
 """What every way to compute a convolution needs to know about its geometry, and the one fact behind both gradients.
 
-A convolution y = x * w is linear in x and in w, so its two gradients are convolutions again: the input's gradient slides the mirrored filters
-over g, and the weight's gradient slides g over x.
+A convolution y = x * w is linear in x and in w, so its two gradients are convolutions again: the input's gradient slides the mirrored
+filters over g, and the weight's gradient slides g over x.
 
 Source: Dumoulin & Visin 2016, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285, sections 2 and 4.
 """
@@ -23,6 +23,9 @@ class Geometry(NamedTuple):
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
     groups: int = 1
+
+
+PLAIN = Geometry()
 
 
 def span(kernel: Pair, dilation: Pair) -> Pair:

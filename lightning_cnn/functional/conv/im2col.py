@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_cnn.functional.conv.geometry import Geometry, Pair, output_size
+from lightning_cnn.functional.conv.geometry import PLAIN, Geometry, Pair, output_size
 
 
-def forward(
-    x: Float[Tensor, "b c h w"], weight: Float[Tensor, "k c_g r s"], geometry: Geometry = Geometry()
-) -> Float[Tensor, "b k ho wo"]:
+def forward(x: Float[Tensor, "b c h w"], weight: Float[Tensor, "k c_g r s"], geometry: Geometry = PLAIN) -> Float[Tensor, "b k ho wo"]:
     """y = W @ columns(x)."""
     k, c, r, s = weight.shape
     size = output_size((x.shape[2], x.shape[3]), (r, s), geometry)
@@ -24,7 +22,7 @@ def forward(
 
 
 def input_gradient(
-    g: Float[Tensor, "b k ho wo"], weight: Float[Tensor, "k c_g r s"], size: Pair, geometry: Geometry = Geometry()
+    g: Float[Tensor, "b k ho wo"], weight: Float[Tensor, "k c_g r s"], size: Pair, geometry: Geometry = PLAIN
 ) -> Float[Tensor, "b c h w"]:
     """gx = the columns W^T @ g, each added back where it was read."""
     stride, padding, dilation, groups = geometry
@@ -34,7 +32,7 @@ def input_gradient(
 
 
 def weight_gradient(
-    x: Float[Tensor, "b c h w"], g: Float[Tensor, "b k ho wo"], size: Pair, geometry: Geometry = Geometry()
+    x: Float[Tensor, "b c h w"], g: Float[Tensor, "b k ho wo"], size: Pair, geometry: Geometry = PLAIN
 ) -> Float[Tensor, "k c_g r s"]:
     """gW = g @ columns(x)^T, summed over the batch."""
     k = g.shape[1]

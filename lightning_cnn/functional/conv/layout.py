@@ -1,7 +1,7 @@
 """Convolve in the other memory layout and come back: pixels first (NCHW) or channels first (NHWC) decides which loop the library runs.
 
-Exact to the bit or nearly so, and worth more than most algorithms where the library has no good loop for the layout at hand; the card has
-the cases. Costs a copy of each picture.
+Exact to the bit or nearly so, and worth more than most algorithms where the library has no good loop for the layout at hand; the card
+has the cases. Costs a copy of each picture.
 
 Source: measured; see the card.
 """
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_cnn.functional.conv import default
-from lightning_cnn.functional.conv.geometry import Geometry, Pair
+from lightning_cnn.functional.conv.geometry import PLAIN, Geometry, Pair
 
 
 def is_channels_last(picture: Float[Tensor, "b c h w"]) -> bool:
@@ -19,9 +19,7 @@ def is_channels_last(picture: Float[Tensor, "b c h w"]) -> bool:
     return picture.is_contiguous(memory_format=torch.channels_last) and not picture.is_contiguous()
 
 
-def forward(
-    x: Float[Tensor, "b c h w"], weight: Float[Tensor, "k c_g r s"], geometry: Geometry = Geometry()
-) -> Float[Tensor, "b k ho wo"]:
+def forward(x: Float[Tensor, "b c h w"], weight: Float[Tensor, "k c_g r s"], geometry: Geometry = PLAIN) -> Float[Tensor, "b k ho wo"]:
     """y = x * w, in the layout that x does not have."""
     here, there = _layouts(x)
     return default.forward(x.contiguous(memory_format=there), weight.contiguous(memory_format=there), geometry).contiguous(
@@ -30,7 +28,7 @@ def forward(
 
 
 def input_gradient(
-    g: Float[Tensor, "b k ho wo"], weight: Float[Tensor, "k c_g r s"], size: Pair, geometry: Geometry = Geometry()
+    g: Float[Tensor, "b k ho wo"], weight: Float[Tensor, "k c_g r s"], size: Pair, geometry: Geometry = PLAIN
 ) -> Float[Tensor, "b c h w"]:
     """The gradient of an input with `size` pixels, in the layout that g does not have."""
     here, there = _layouts(g)
@@ -40,7 +38,7 @@ def input_gradient(
 
 
 def weight_gradient(
-    x: Float[Tensor, "b c h w"], g: Float[Tensor, "b k ho wo"], size: Pair, geometry: Geometry = Geometry()
+    x: Float[Tensor, "b c h w"], g: Float[Tensor, "b k ho wo"], size: Pair, geometry: Geometry = PLAIN
 ) -> Float[Tensor, "k c_g r s"]:
     """The gradient of filters with `size` taps, in the layout that x does not have."""
     _, there = _layouts(x)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_cnn.functional.conv.geometry import Geometry, Pair, gradient_as_forward, output_size
+from lightning_cnn.functional.conv.geometry import PLAIN, Geometry, Pair, gradient_as_forward, output_size
 
 Matrix = tuple[tuple[Fraction, ...], ...]
 POINTS = tuple(Fraction(*point) for point in ((0, 1), (1, 1), (-1, 1), (2, 1), (-2, 1), (1, 2), (-1, 2)))
@@ -33,11 +33,18 @@ def cook_toom(m: int, r: int) -> tuple[Matrix, Matrix, Matrix]:
     points = POINTS[: m + r - 2]
     scale = [prod((a - b for b in points if b != a), start=Fraction(1)) for a in points]
     # The last point is infinity: the value there is the highest coefficient.
+<<<<<<< HEAD
     A = tuple(tuple(a**i for a in points) + (Fraction(i == m - 1),) for i in range(m))
     G = tuple(tuple(a**j / s for j in range(r)) for a, s in zip(points, scale, strict=True)) + (
         tuple(Fraction(j == r - 1) for j in range(r)),
     )
     B = tuple(_polynomial([b for b in points if b != a], m + r - 1) for a in points) + (_polynomial(points, m + r - 1),)
+=======
+    infinity = tuple(Fraction(j == r - 1) for j in range(r))
+    A = tuple((*(a**i for a in points), Fraction(i == m - 1)) for i in range(m))
+    G = (*(tuple(a**j / s for j in range(r)) for a, s in zip(points, scale, strict=True)), infinity)
+    B = (*(_polynomial([b for b in points if b != a], m + r - 1) for a in points), _polynomial(points, m + r - 1))
+>>>>>>> conv
     if B[0][0] < 0:
         B, G = (_negated_first(M) for M in (B, G))
     return A, G, B
@@ -55,7 +62,7 @@ def multiplications(m: int, r: int) -> Fraction:
 def forward(
     x: Float[Tensor, "b c h w"],
     weight: Float[Tensor, "k c r r"],
-    geometry: Geometry = Geometry(),
+    geometry: Geometry = PLAIN,
     m: int = 4,
     transformed: Float[Tensor, "a a c k"] | None = None,
 ) -> Float[Tensor, "b k ho wo"]:
@@ -75,7 +82,7 @@ def forward(
 
 
 def input_gradient(
-    g: Float[Tensor, "b k ho wo"], weight: Float[Tensor, "k c r r"], size: Pair, geometry: Geometry = Geometry(), m: int = 4
+    g: Float[Tensor, "b k ho wo"], weight: Float[Tensor, "k c r r"], size: Pair, geometry: Geometry = PLAIN, m: int = 4
 ) -> Float[Tensor, "b c h w"]:
     """The forward convolution of g with the mirrored filters."""
     return forward(*gradient_as_forward(g, weight, geometry), m=m)

@@ -1,0 +1,103 @@
+"""`ConvAlgorithm` inside a real Trainer."""
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_cnn.conv import ConvAlgorithm, report
+from lightning_cnn.conv._swap import SwappedConv2d
+from lightning_cnn.errors import ConfigurationError, NoEffectWarning
+
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+
+
+class Small(L.LightningModule):
+    def __init__(self, fail_at=None):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 5, padding=2, groups=8), nn.Flatten(), nn.Linear(512, 10)
+        )
+        self.fail_at, self.seen = fail_at, set()
+
+    def training_step(self, batch, batch_idx):
+        image, label = batch
+        self.seen |= {type(layer) for layer in self.net}
+        if batch_idx == self.fail_at:
+            raise RuntimeError("lost")
+        return F.cross_entropy(self.net(image), label)
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+def digits(n=96):
+    pictures, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pictures[:n], dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    return DataLoader(TensorDataset(images, torch.tensor(labels[:n])), 32)
+
+
+def fit(callback, model=None, **options):
+    torch.manual_seed(0)
+    model = Small() if model is None else model
+    trainer = L.Trainer(callbacks=[callback] if callback else [], enable_checkpointing=False, **{"max_epochs": 2, **QUIET, **options})
+    trainer.fit(model, digits(), digits(32))
+    return model, trainer
+
+
+@pytest.mark.parametrize("algorithm", ["default", "fft", "auto", {"net.2": "depthwise"}])
+def test_training_on_digits_learns_the_same_weights_and_leaves_the_model_as_it_was(algorithm):
+    plain, _ = fit(None)
+    callback = ConvAlgorithm(algorithm=algorithm, cache=None)
+    model, _ = fit(callback)
+    assert SwappedConv2d in model.seen
+    assert not any(isinstance(layer, SwappedConv2d) for layer in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, plain.state_dict()[name], atol=1e-5), name
+    assert {row.role for row in callback.report.rows if row.role} == {"forward", "input", "weight"}
+    if algorithm == "auto":
+        assert all(row.seconds for row in callback.report.rows if row.role != "input")
+
+
+def test_an_exception_puts_the_layers_back():
+    model = Small(fail_at=1)
+    with pytest.raises(RuntimeError, match="lost"):
+        fit(ConvAlgorithm(algorithm="fft"), model)
+    assert SwappedConv2d in model.seen
+    assert not any(isinstance(layer, SwappedConv2d) for layer in model.modules())
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
+    whole, _ = fit(ConvAlgorithm(algorithm="fft"))
+    _, trainer = fit(ConvAlgorithm(algorithm="fft"), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    resumed = Small()
+    L.Trainer(callbacks=[ConvAlgorithm(algorithm="fft")], enable_checkpointing=False, max_epochs=2, **QUIET).fit(
+        resumed, digits(), ckpt_path=tmp_path / "one.ckpt", weights_only=True
+    )
+    for a, b in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_mistakes_are_found_at_construction_and_a_model_without_convolutions_is_told():
+    with pytest.raises(ConfigurationError, match="no algorithm 'quick'"):
+        ConvAlgorithm(algorithm="quick")
+    model = Small()
+    model.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with pytest.warns(NoEffectWarning, match="no plain nn.Conv2d"):
+        fit(ConvAlgorithm(algorithm="fft"), model, max_epochs=1)
+
+
+def test_the_report_reads_as_a_table():
+    from lightning_cnn.conv import swap
+
+    layer = swap(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)), {"0": "auto"}, cache=None)
+    layer(torch.randn(1, 8, 12, 12)).sum().backward()
+    text = str(report(layer))
+    assert "1x8x12x12 * 8x8x3x3" in text
+    assert "not swapped" in text

@@ -1,0 +1,163 @@
+"""The tuner with a clock that does what the test says: what it chooses, refuses, remembers and takes back."""
+
+import json
+
+import pytest
+import torch
+
+from lightning_cnn.conv import _tuner
+from lightning_cnn.conv._call import Call, load
+from lightning_cnn.conv._store import Store, key
+from lightning_cnn.conv._tuner import Settings, Tuner, tuner_for
+from lightning_cnn.functional.conv.geometry import Geometry
+
+CALL = Call("forward", (1, 8, 9, 9), (8, 8, 3, 3), Geometry(padding=(1, 1)), torch.float32, "cpu", False, 1, True)
+
+
+class Clock:
+    """A run of an algorithm takes the milliseconds written in `ms`; what is not written takes a second."""
+
+    def __init__(self, monkeypatch, **ms):
+        self.now, self.ms, self.runs = 0.0, ms, []
+        clock = self
+
+        class Timed:
+            def __init__(self, name):
+                self.name, self.real = name, load(name)
+                self.refuses, self.workspace = self.real.refuses, self.real.workspace
+
+            def compute(self, *arguments):
+                clock.now += clock.ms.get(self.name, 1000) / 1e3
+                clock.runs.append(self.name)
+                return self.real.compute(*arguments)
+
+        monkeypatch.setattr(_tuner, "load", Timed)
+
+    def __call__(self):
+        return self.now
+
+
+def tuner(clock, folder=None, **settings):
+    return Tuner(Settings(**settings), Store(folder), clock)
+
+
+def test_the_fastest_wins_above_ten_percent_and_the_default_below(monkeypatch):
+    assert tuner(Clock(monkeypatch, default=100, fft=50, im2col=60)).choose(CALL) == "fft"
+    held = tuner(Clock(monkeypatch, default=100, fft=92))
+    assert held.choose(CALL) == "default"
+    assert held.decisions[CALL].reason == "the next best, fft, runs at 1.09x"
+
+
+def test_candidates_take_turns_and_the_hopeless_drop_out(monkeypatch):
+    clock = Clock(monkeypatch, default=100, fft=50, im2col=60)
+    tuner(clock).choose(CALL)
+    warm = clock.runs.index("default", 1)  # each runs once before any is timed
+    assert clock.runs[warm : warm + 3] != ["default"] * 3
+    assert clock.runs.count("winograd4") == 3 < clock.runs.count("fft")
+
+
+def test_the_error_budget_is_kept(monkeypatch):
+    strict = tuner(Clock(monkeypatch, default=100, winograd4=10), max_error=1e-9)
+    assert strict.choose(CALL) == "default"
+    assert "winograd4 is 9.96x faster but its error" in strict.decisions[CALL].reason
+    assert tuner(Clock(monkeypatch, default=100, winograd4=10)).choose(CALL) == "winograd4"
+
+
+def test_the_workspace_limit_is_kept(monkeypatch):
+    clock = Clock(monkeypatch, default=100, im2col=10)
+    assert tuner(clock, max_workspace_mb=0).choose(CALL) == "default"
+    assert set(clock.runs) == {"default"}
+
+
+def test_a_choice_is_measured_once(monkeypatch):
+    clock = Clock(monkeypatch, default=100, fft=50)
+    one = tuner(clock)
+    one.choose(CALL)
+    runs = len(clock.runs)
+    assert one.choose(CALL) == "fft"
+    assert len(clock.runs) == runs
+
+
+def test_a_choice_that_turns_out_slower_is_reverted(monkeypatch):
+    clock = Clock(monkeypatch, default=100, fft=50)
+    one = tuner(clock)
+    one.choose(CALL)
+    assert one.recheck() == []
+    clock.ms["fft"], before = 130, one.generation
+    assert one.recheck() == [CALL]
+    assert one.choose(CALL) == "default"
+    assert one.generation > before
+    assert "reverted: fft was measured again at 0.77x" in one.decisions[CALL].reason
+
+
+def test_a_new_process_remembers_but_confirms(monkeypatch, tmp_path):
+    tuner(Clock(monkeypatch, default=100, fft=50), tmp_path).choose(CALL)
+    again = Clock(monkeypatch, default=100, fft=50, im2col=1)
+    assert tuner(again, tmp_path).choose(CALL) == "fft"
+    assert set(again.runs) == {"default", "fft"}
+    slower = Clock(monkeypatch, default=100, fft=150)
+    assert tuner(slower, tmp_path).choose(CALL) == "default"
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda t: t[:-9], lambda t: t.replace('"fft"', '"im2col"'), lambda t: "[]", lambda t: '{"digest": 1}']
+)
+def test_a_damaged_file_is_ignored_named_and_replaced(monkeypatch, tmp_path, caplog, damage):
+    tuner(Clock(monkeypatch, default=100, fft=50), tmp_path).choose(CALL)
+    (path,) = tmp_path.iterdir()
+    path.write_text(damage(path.read_text()))
+    clock = Clock(monkeypatch, default=100, fft=50)
+    assert tuner(clock, tmp_path).choose(CALL) == "fft"
+    assert "im2col" in clock.runs, "measured afresh"
+    assert str(path) in caplog.text
+    assert Store(tmp_path).get(CALL) == "fft"
+
+
+def test_a_name_that_does_not_exist_is_not_taken_from_the_file(tmp_path):
+    store = Store(tmp_path)
+    store.put({CALL: "os.system"})
+    assert Store(tmp_path).get(CALL) is None
+
+
+def test_two_processes_do_not_erase_each_other(tmp_path):
+    other = Call(**{**CALL.__dict__, "threads": 2})
+    first, second = Store(tmp_path), Store(tmp_path)
+    assert first.get(CALL) is second.get(CALL) is None
+    first.put({CALL: "fft"})
+    second.put({other: "im2col"})
+    assert (Store(tmp_path).get(CALL), Store(tmp_path).get(other)) == ("fft", "im2col")
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_the_key_depends_on_everything_that_a_time_depends_on():
+    changes = {
+        "role": "input",
+        "x": (2, 8, 9, 9),
+        "weight": (4, 8, 3, 3),
+        "dtype": torch.float64,
+        "threads": 2,
+        "keep": False,
+        "channels_last": True,
+    }
+    keys = {key(CALL), *(key(Call(**{**CALL.__dict__, name: value})) for name, value in changes.items())}
+    assert len(keys) == len(changes) + 1
+    assert all(json.loads(text) for text in keys)
+
+
+def test_a_folder_that_cannot_be_written_costs_the_memory_alone(monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    one = tuner(Clock(monkeypatch, default=100, fft=50), tmp_path / "file")
+    assert one.choose(CALL) == "fft"
+    assert "could not be written" in caplog.text
+
+
+def test_settings_travel_as_text_and_share_one_tuner():
+    plan = Settings(max_error=1e-4, cache=None).plan()
+    assert tuner_for(plan) is tuner_for(plan)
+    assert tuner_for(plan).settings.max_error == 1e-4
+
+
+def test_measuring_moves_nobodys_random_state(monkeypatch):
+    before = torch.get_rng_state()
+    tuner(Clock(monkeypatch, default=1)).choose(CALL)
+    assert torch.equal(before, torch.get_rng_state())

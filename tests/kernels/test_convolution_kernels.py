@@ -1,0 +1,67 @@
+"""The compiled loops: the constants they carry, every border, every share of the work."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import conv2d
+
+from lightning_cnn.conv._winograd import transform_packed
+from lightning_cnn.functional.conv import default
+from lightning_cnn.functional.conv import winograd as reference
+from lightning_cnn.functional.conv.geometry import Geometry
+from lightning_cnn.kernels import threads, winograd
+from lightning_cnn.kernels.depthwise import depthwise, depthwise_weight
+
+
+def test_the_constant_matrices_are_those_of_cook_and_toom():
+    for m, B, A in ((2, winograd.INPUT_2, winograd.OUTPUT_2), (4, winograd.INPUT_4, winograd.OUTPUT_4)):
+        exact_A, _, exact_B = reference.cook_toom(m, 3)
+        assert tuple(map(tuple, exact_A)) == A
+        assert tuple(map(tuple, exact_B)) == B
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_winograd_for_any_border_and_any_share_of_the_work(data):
+    draw = data.draw
+    m, c, k = draw(st.sampled_from([2, 4])), draw(st.sampled_from([8, 24])), draw(st.sampled_from([1, 16, 24, 40]))
+    x = torch.randn(draw(st.integers(1, 2)), c, draw(st.integers(3, 14)), draw(st.integers(3, 14)))
+    w, bias, padding = torch.randn(k, c, 3, 3), torch.randn(k), (draw(st.integers(0, 3)), draw(st.integers(0, 3)))
+    expected = conv2d(x, w, bias, padding=padding)
+    pixels = x.permute(0, 2, 3, 1).contiguous().numpy()
+    y = np.full((expected.shape[0], *expected.shape[2:], k), np.nan, np.float32)
+    U = transform_packed(w, m)
+    filled = torch.nn.functional.pad(bias, (0, -k % 16)).numpy()
+    workers, block, splits = draw(st.integers(1, 3)), draw(st.sampled_from([6, 12])), draw(st.integers(1, 3))
+    winograd.winograd(pixels, U.numpy(), filled, y, m, *padding, workers, block, splits if splits <= U.shape[1] else 1)
+    assert torch.allclose(torch.from_numpy(y).permute(0, 3, 1, 2), expected, atol=2e-3)
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_depthwise_for_any_geometry_and_layout(data):
+    draw = data.draw
+    pair = st.tuples(st.integers(1, 2), st.integers(1, 3))
+    geometry = Geometry(draw(pair), (draw(st.integers(0, 4)), draw(st.integers(0, 2))), draw(pair), draw(st.sampled_from([3, 8, 19])))
+    kernel, c = (draw(st.integers(1, 4)), draw(st.sampled_from([1, 3, 9]))), geometry.groups
+    x, w, bias = torch.randn(2, c, draw(st.integers(8, 13)), draw(st.integers(25, 30))), torch.randn(c, 1, *kernel), torch.randn(c)
+    x = x.contiguous(memory_format=torch.channels_last) if draw(st.booleans()) else x
+    expected = conv2d(x, w, bias, *geometry)
+    y = torch.empty_like(expected).fill_(torch.nan)
+    where = (*geometry.padding, *geometry.stride, *geometry.dilation, draw(st.integers(1, 3)))
+    depthwise(x.numpy(), w.numpy(), bias.numpy(), y.numpy(), *where)
+    assert torch.allclose(y, expected, atol=1e-4)
+    g, gw = torch.randn(y.shape), torch.empty_like(w).fill_(torch.nan)
+    g = g.contiguous(memory_format=torch.channels_last) if draw(st.booleans()) else g
+    depthwise_weight(x.numpy(), g.numpy(), gw.numpy(), *where)
+    assert torch.allclose(gw, default.weight_gradient(x, g, kernel, geometry), atol=1e-3)
+
+
+@pytest.mark.parametrize("many", [1, 2])
+def test_torch_keeps_its_own_number_of_threads(many):
+    """Numba's start resizes the pool that both share."""
+    before = torch.get_num_threads()
+    assert 1 <= threads.use(many) <= many
+    assert torch.get_num_threads() == before
