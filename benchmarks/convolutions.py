@@ -94,17 +94,10 @@ def depthwise(quick: bool, threads: int) -> list[Row]:
     rows = []
     for b, c, size, kernel, bar in DEPTHWISE[:1] if quick else DEPTHWISE:
         x = torch.randn(b, c, size, size, requires_grad=True)
-<<<<<<< HEAD
-        rows += versus_stock(
-            f"train depthwise {b}x{c}x{size} {kernel}x{kernel}", layer_of(c, c, kernel, 1, c), x, train, 5 if quick else 9, bar
-        )
-    return rows
-=======
         name = f"train depthwise {b}x{c}x{size} {kernel}x{kernel}"
         rows += versus_stock(name, layer_of(c, c, kernel, 1, c), x, train, 5 if quick else 9, bar)
     x = torch.randn(1, 16, 64, 64, requires_grad=True)
     return rows + ([] if quick else versus_stock("train dense 1x16x64 31x31", layer_of(16, 16, 31, 1, 1), x, train, 9, 8.0))
->>>>>>> conv
 
 
 def networks(quick: bool, threads: int) -> list[Row]:
@@ -137,22 +130,8 @@ def error(quick: bool, threads: int) -> list[Row]:
     for dtype in (torch.float32, torch.bfloat16):
         for name in NAMES:
             groups = 256 if name == "depthwise" else 1
-<<<<<<< HEAD
-            call = Call(
-                "forward",
-                (2, 256, 14, 14),
-                (256, 256 // groups, 3, 3),
-                Geometry(padding=(1, 1), groups=groups),
-                dtype,
-                "cpu",
-                False,
-                1,
-                False,
-            )
-=======
             geometry = Geometry(padding=(1, 1), groups=groups)
             call = Call("forward", (2, 256, 14, 14), (256, 256 // groups, 3, 3), geometry, dtype, "cpu", False, 1, False)
->>>>>>> conv
             if not load(name).refuses(call):
                 stock = rms_error(call, "default")
                 row = f"error 256 channels {str(dtype)[6:]} {name}"
@@ -180,22 +159,8 @@ def _installed_peers() -> list[Row]:
         with torch.inference_mode():
             ours(x), theirs()
             times = medians(interleave({"ours": lambda f=ours, x=x: seconds(lambda: f(x)), "theirs": lambda f=theirs: seconds(f)}, 9))
-<<<<<<< HEAD
-        rows.append(
-            compare(
-                f"layer 1x{c}x56 31x31 groups {groups}",
-                "fft-conv-pytorch",
-                times["ours"] * 1e3,
-                times["theirs"] * 1e3,
-                "ms",
-                larger_is_better=False,
-                n=9,
-            )
-        )
-=======
         name, ms = f"layer 1x{c}x56 31x31 groups {groups}", {key: value * 1e3 for key, value in times.items()}
         rows.append(compare(name, "fft-conv-pytorch", ms["ours"], ms["theirs"], "ms", larger_is_better=False, n=9))
->>>>>>> conv
     return rows
 
 

@@ -33,18 +33,10 @@ def cook_toom(m: int, r: int) -> tuple[Matrix, Matrix, Matrix]:
     points = POINTS[: m + r - 2]
     scale = [prod((a - b for b in points if b != a), start=Fraction(1)) for a in points]
     # The last point is infinity: the value there is the highest coefficient.
-<<<<<<< HEAD
-    A = tuple(tuple(a**i for a in points) + (Fraction(i == m - 1),) for i in range(m))
-    G = tuple(tuple(a**j / s for j in range(r)) for a, s in zip(points, scale, strict=True)) + (
-        tuple(Fraction(j == r - 1) for j in range(r)),
-    )
-    B = tuple(_polynomial([b for b in points if b != a], m + r - 1) for a in points) + (_polynomial(points, m + r - 1),)
-=======
     infinity = tuple(Fraction(j == r - 1) for j in range(r))
     A = tuple((*(a**i for a in points), Fraction(i == m - 1)) for i in range(m))
     G = (*(tuple(a**j / s for j in range(r)) for a, s in zip(points, scale, strict=True)), infinity)
     B = (*(_polynomial([b for b in points if b != a], m + r - 1) for a in points), _polynomial(points, m + r - 1))
->>>>>>> conv
     if B[0][0] < 0:
         B, G = (_negated_first(M) for M in (B, G))
     return A, G, B
