@@ -1,4 +1,4 @@
-"""One bit for weights and activations costs about a point on digits, and the trained network runs on packed bits.
+"""Weights and activations of one bit on digits beside float32, and the trained network on packed bits.
 
 python examples/10_one_bit.py [--quick]
 Not yet measured; accuracy on digits, 3 seeds.

@@ -152,7 +152,7 @@ def panels(negative: np.ndarray) -> np.ndarray:
 
 
 def vectors_for(filters: int) -> int:
-    """Vectors a tile: 4 is a quarter faster a product, 2 wastes less where the filters do not fill it."""
+    """Vectors a tile: 4 does more products a cycle, 2 wastes less where the filters do not fill it."""
     return min((4, 2), key=lambda v: -(-filters // (LANES * v)) * v * (1.0, 1.25)[v == 2])
 
 
