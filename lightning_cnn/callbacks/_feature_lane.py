@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from lightning_cnn.callbacks._feature_store import FeatureStore
-from lightning_cnn.errors import ConfigurationError, DataError
+from lightning_cnn.errors import DataError
 
 OFF = -1
 
@@ -51,6 +52,10 @@ class Lane:
     arriving: deque[Entry] = field(default_factory=deque)
     stepping: deque[Entry] = field(default_factory=deque)
     template: Any = None
+
+    def has(self, index: Any) -> bool:
+        view = int(self.view)
+        return view != OFF and bool(self.store.seen[view, torch.as_tensor(index)].all())
 
     def restart(self) -> None:
         self.arriving.clear()
@@ -113,39 +118,88 @@ class _Delivering:
         return self._lane.deliver(next(self._fetched))
 
 
-def lane_loader(loader: Any, lane: Lane) -> LaneLoader:
-    problems = refusals(loader)
-    if problems:
-        raise ConfigurationError(problems)
-    settings = {
-        name: getattr(loader, name)
-        for name in (
-            "num_workers",
-            "pin_memory",
-            "timeout",
-            "worker_init_fn",
-            "multiprocessing_context",
-            "generator",
-            "prefetch_factor",
-        )
-    }
+class PlannedLoader:
+    """The same for a loader that states its plan: `order.start()` gives (epoch, sample indices by batch), `_load` reads a plan."""
+
+    def __init__(self, loader: Any, lane: Lane) -> None:
+        self._given, self._lane, self.num_workers = loader, lane, 0
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._lane.restart()
+        epoch, plan = self._given.order.start()
+        stored = [self._lane.has(index) for index in plan]
+        views = self._lane.store.views
+        missing = [index for index, there in zip(plan, stored, strict=True) if not there]
+        real = iter(self._given._load(epoch % views if views > 1 else epoch, missing))
+        for index, there in zip(plan, stored, strict=True):
+            self._given.order.batch += 1
+            listed = index.tolist()
+            yield self._lane.deliver(Hit(listed) if there else Loaded(listed, next(real)))
+
+    @property
+    def batch_sampler(self) -> Any:
+        return self._given.batch_sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        self._given.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        return self._given.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._given.load_state_dict(state)
+
+
+def lane_loader(loader: Any, lane: Lane) -> "LaneLoader | PlannedLoader":
+    if _states_its_plan(loader):
+        return PlannedLoader(loader, lane)
+    names = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator", "prefetch_factor")
+    settings = {name: getattr(loader, name) for name in names} | {"persistent_workers": loader.persistent_workers}
     if type(loader.batch_sampler) is BatchSampler:
         settings |= {"batch_size": loader.batch_size, "sampler": loader.sampler, "drop_last": loader.drop_last}
     else:
         settings |= {"batch_sampler": loader.batch_sampler}
     dataset = IndexedDataset(loader.dataset, lane.store.seen, lane.view)
     kind = type("LaneLoader", (LaneLoader,), {"lane": lane})
-    return kind(dataset, collate_fn=Collate(loader.collate_fn), persistent_workers=loader.persistent_workers, **settings)
+    return kind(dataset, collate_fn=Collate(loader.collate_fn), **settings)
 
 
-def refusals(loader: Any) -> str:
+def refusals(loader: Any) -> list[str]:
+    if _states_its_plan(loader):
+        return []
     if not isinstance(loader, DataLoader):
-        return (
-            f"FeatureCache knows torch DataLoaders, and the training data come from a {type(loader).__name__}: hand over a DataLoader."
-        )
+        return [
+            f"FeatureCache needs a torch DataLoader or one of this package's, and the training data come from a {type(loader).__name__}"
+        ]
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-        return f"FeatureCache needs samples with an index and automatic batching; {type(loader.dataset).__name__} streams."
-    return ""
+        return [f"FeatureCache needs samples with an index and automatic batching; {type(loader.dataset).__name__} streams"]
+    return []
+
+
+def dataset_of(loader: Any) -> Any:
+    """What the loader reads, as far as it can be found."""
+    if _states_its_plan(loader):
+        batches = getattr(getattr(loader, "_loader", None), "dataset", loader)
+        return getattr(batches, "_dataset", batches)
+    return loader.dataset
+
+
+def samples_of(loader: Any) -> int:
+    return loader.order.samples if _states_its_plan(loader) else len(loader.dataset)
+
+
+def read(loader: Any, index: list[int], epoch: int) -> Any:
+    """One batch of these samples, outside of any order, with the noise of `epoch` where the loader keys it so."""
+    if _states_its_plan(loader):
+        return next(iter(loader._load(epoch, [np.array(index)])))
+    return loader.collate_fn([loader.dataset[i] for i in index])
+
+
+def _states_its_plan(loader: Any) -> bool:
+    return not isinstance(loader, DataLoader) and hasattr(loader, "order") and hasattr(loader, "_load")
 
 
 def _taken_apart(batch: Any, count: int) -> tuple[Any, list[Tensor]]:

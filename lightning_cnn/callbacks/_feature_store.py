@@ -96,10 +96,13 @@ def weights_key(name: str, modules: Sequence[nn.Module]) -> str:
     return digest.hexdigest()
 
 
-def data_key(dataset: Any) -> str:
-    """A hash of what a dataset holds and how it transforms it; refuses when it cannot tell."""
+def data_key(dataset: Any, samples: Sequence[Tensor]) -> str:
+    """A hash of what a dataset holds and how it transforms it; refuses when it cannot tell.
+
+    `samples` are a few items as they are delivered under fixed randomness: they show a transform that no attribute names.
+    """
     digest = xxhash.xxh3_128()
-    for part in _description(dataset):
+    for part in (*_description(dataset), *map(_bytes, samples)):
         digest.update(part)
     return digest.hexdigest()
 
@@ -113,8 +116,8 @@ def _description(dataset: Any) -> Iterator[bytes]:
         yield from _description(dataset.dataset)
     elif isinstance(getattr(dataset, "checksum", None), str | int):
         yield str(dataset.checksum).encode()
-    elif isinstance(getattr(dataset, "samples", None), list):
-        for path, label in dataset.samples:
+    elif isinstance(files := getattr(dataset, "samples", getattr(dataset, "files", None)), list):
+        for path, label in files:
             status = Path(path).stat()
             yield f"{path} {label} {status.st_size} {status.st_mtime_ns}".encode()
     else:

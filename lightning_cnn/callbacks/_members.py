@@ -55,7 +55,7 @@ class Members:
         self._inside = True
         try:
             with self._stance(), torch.no_grad():
-                outputs = list(self._outputs(lambda picture: _logits(forward(picture), self.place.target), image, index))
+                outputs = list(self._outputs(lambda picture: logits_of(forward(picture), self.place.target), image, index))
         finally:
             self._inside = False
         return torch.cat([_log_prob(output) for output in outputs])
@@ -121,12 +121,13 @@ def _pictures(views: Sequence[View], image: Tensor, sample: Tensor) -> Iterator[
         yield from _pictures(views[1:], picture, sample)
 
 
-def _logits(output: Any, target: nn.Module) -> Tensor:
+def logits_of(output: Any, target: nn.Module) -> Tensor:
+    """`output`, when it is what a forward must give here: logits (pictures, classes)."""
     if isinstance(output, Tensor) and output.ndim == 2:
         return output
     found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
     raise ConfigurationError(
-        f"Marginalising needs logits (pictures, classes); the forward of {type(target).__name__} gives {found}. "
+        f"Needed are logits (pictures, classes); the forward of {type(target).__name__} gives {found}. "
         "Give module= the part of the model that gives logits."
     )
 

@@ -126,7 +126,7 @@ def _state(path: Path, place: Place) -> State:
     except Exception as error:
         raise CheckpointError(f"Ensemble: checkpoint '{path}' cannot be read: {error}") from error
     saved = {_plain(name): value for name, value in saved.get("state_dict", saved).items()}
-    prefix = f"{_plain(place.name)}." if place.name and "state_dict" else ""
+    prefix = f"{_plain(place.name)}." if place.name else ""
     if prefix and any(name.startswith(prefix) for name in saved):
         saved = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
     own = {name: value for name, value in place.target.state_dict().items() if isinstance(value, Tensor)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_cnn.callbacks._batch_hook import BatchTransform, Samples
 from lightning_cnn.errors import NoEffectWarning, raise_all
-from lightning_cnn.functional.batch import image_key, read, write
+from lightning_cnn.functional.batch import Batch, image_key, read, write
 from lightning_cnn.functional.keyed_random import KeyedRandom
 from lightning_cnn.nn.augment_menu import operations
 
@@ -61,6 +61,10 @@ class BatchAugmentation(BatchTransform):
         return write(
             batch, dict(zip(keys, self.augmented(*values, key=samples.key(self.seed, "augment"), index=samples.index), strict=True))
         )
+
+    def at_epoch(self, batch: Batch, epoch: int) -> Batch:
+        """The batch as training would see it in `epoch`: for pictures of the noise, and for averaging over it."""
+        return self.transform(batch, Samples(batch.index.cpu(), ("epoch", epoch)))
 
     def augmented(self, *values: Tensor, key: int, index: Tensor) -> list[Tensor]:
         """The fields of one batch with the noise of `key` (from `functional.counter.key`) for the samples of `index`."""

@@ -22,7 +22,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_cnn.callbacks._feature_check import Check
-from lightning_cnn.callbacks._feature_lane import OFF, Entry, Lane, LaneLoader, lane_loader, refusals
+from lightning_cnn.callbacks._feature_lane import OFF, Entry, Lane, dataset_of, lane_loader, read, refusals, samples_of
 from lightning_cnn.callbacks._feature_store import FeatureStore, data_key, weights_key
 from lightning_cnn.callbacks._sharded import sharded_problems
 from lightning_cnn.errors import ConfigurationError, DataError, UnsupportedLayerError, raise_all
@@ -122,13 +122,13 @@ class FeatureCache(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._undo(trainer)
 
-    def _wrapped(self, loader: Any) -> LaneLoader:
-        raise_all([reason] if (reason := refusals(loader)) else [])
+    def _wrapped(self, loader: Any) -> Any:
+        raise_all(refusals(loader))
         if self.views == 1:
             _refuse_random_data(loader)
         self._memory = int(self.memory_gib * 2**30)
-        self._loader, self._workers = loader, loader.num_workers
-        self._lane = Lane(FeatureStore(self.views, len(loader.dataset), None, self._memory))
+        self._loader, self._workers = loader, getattr(loader, "num_workers", 0)
+        self._lane = Lane(FeatureStore(self.views, samples_of(loader), None, self._memory))
         return lane_loader(loader, self._lane)
 
     def _follow(self, trainer: Trainer, pl_module: LightningModule, loader: Any) -> None:
@@ -155,7 +155,7 @@ class FeatureCache(Callback):
     def _enter(self, pl_module: LightningModule, prefix: list[Unit], key: str, loader: Any) -> None:
         self._leave()
         lane = self._need_lane()
-        folder = Path(self.folder) / f"{key}-{data_key(self._loader.dataset)}" if self.folder else None
+        folder = Path(self.folder) / f"{key}-{data_key(dataset_of(self._loader), _some(self._loader))}" if self.folder else None
         store = FeatureStore(self.views, lane.store.samples, folder, self._memory)
         lane.store.clear()
         lane.store.columns, lane.store.layout, lane.store.sums = store.columns, store.layout, store.sums
@@ -230,12 +230,7 @@ class FeatureCache(Callback):
 
 def _refuse_random_data(loader: Any) -> None:
     """Load a few samples twice under different randomness, and leave no trace in any generator."""
-    dataset = loader.dataset
-    some = sorted({round(i * (len(dataset) - 1) / 7) for i in range(8)})
-    with _other_randomness():
-        first = loader.collate_fn([dataset[i] for i in some])
-    with _other_randomness(1):
-        second = loader.collate_fn([dataset[i] for i in some])
+    first, second = _some(loader), _some(loader, 1)
     if not _equal(first, second):
         raise ConfigurationError(
             "the training data are transformed at random, so there is no one feature vector a picture: give views=k for k fixed "
@@ -243,9 +238,16 @@ def _refuse_random_data(loader: Any) -> None:
         )
 
 
+def _some(loader: Any, shift: int = 0) -> list[Tensor]:
+    last, tensors = samples_of(loader) - 1, []
+    with _other_randomness(shift):
+        apply_to_collection(read(loader, sorted({round(i * last / 7) for i in range(8)}), shift), Tensor, tensors.append)
+    return tensors
+
+
 def _first_template(loader: Any) -> Any:
     with _other_randomness():
-        batch = loader.collate_fn([loader.dataset[0]])
+        batch = read(loader, [0], 0)
     return apply_to_collection(batch, Tensor, lambda leaf: leaf[:0])
 
 

@@ -31,7 +31,8 @@ class Augment:
     """Which part of a picture is delivered, at `size` pixels square, and how it is coloured.
 
     `crop`: `resized` is RandomResizedCrop (`area`, `ratio`), `padded` a random crop of the picture with `padding` black pixels around,
-    `center` a central square of `central` times the shorter side, scaled to `size`. `flip` is a probability. Floats are `(value / 255 - mean) / std`; uint8 is
+    `center` a central square of `central` times the shorter side, scaled to `size`. `flip` is a probability. Floats are
+    `(value / 255 - mean) / std`; uint8 is
     delivered as it is, rounded.
     """
 
@@ -123,7 +124,9 @@ class FusedLane:
 class PackedLoader(CountedLoader):
     """Batches of a lane, made ahead by GIL-free threads that share each batch between them."""
 
-    def __init__(self, lane: GatherLane | FusedLane, labels: np.ndarray, order: Order, *, threads: int, ahead: int, pinned: bool) -> None:
+    def __init__(
+        self, lane: GatherLane | FusedLane, labels: np.ndarray, order: Order, *, threads: int, ahead: int, pinned: bool
+    ) -> None:
         super().__init__(order)
         self._lane, self._labels, self._threads, self._ahead = lane, torch.from_numpy(labels), threads, ahead
         # The last batch of an epoch may hold up to two samples more than batch_size (see `Order`).

@@ -16,7 +16,12 @@ from lightning_cnn.data._order import Draw, Order, balanced, shuffled, weighted,
 from lightning_cnn.errors import ConfigurationError, DataError, raise_all
 
 log = logging.getLogger(__name__)
-LANES, CROPS, DTYPES, ORDERS = ("auto", "gather", "fused"), ("resized", "padded", "center"), ("float32", "uint8"), ("shuffled", "balanced")
+LANES, CROPS, DTYPES, ORDERS = (
+    ("auto", "gather", "fused"),
+    ("resized", "padded", "center"),
+    ("float32", "uint8"),
+    ("shuffled", "balanced"),
+)
 Paths = str | Path | Sequence[str | Path] | None
 
 
@@ -75,7 +80,9 @@ class PackedDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Open what `stage` needs and check every argument against it."""
         raise_all(self._problems())
-        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}.get(str(stage), self.paths):
+        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}.get(
+            str(stage), self.paths
+        ):
             self._open(split)
         opened = ", ".join(f"{split}: {len(images)} pictures" for split, images in self._images.items())
         log.info("lane %s of %s", self._lane_name(), opened)
@@ -179,7 +186,9 @@ class PackedDataModule(L.LightningDataModule):
         raise_all(problems, DataError)
 
     def _training_problems(self, images: PackedImages) -> Iterator[str]:
-        smallest = min(images.shape) if images.shape else min(int(min(f.index["height"].min(), f.index["width"].min())) for f in images.files)
+        smallest = (
+            min(images.shape) if images.shape else min(int(min(f.index["height"].min(), f.index["width"].min())) for f in images.files)
+        )
         if self._lane_name() == "fused" and self.crop == "padded" and (self.size or smallest) > smallest + 2 * self.padding:
             yield f"train: crop='padded' cannot cut {self.size} pixels from {smallest} and a padding of {self.padding}."
         if self.subset is not None and (not len(self.subset) or min(self.subset) < 0 or max(self.subset) >= len(images)):

@@ -14,12 +14,10 @@ Source: Gupta et al. 2015, "Deep learning with limited numerical precision", sec
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_cnn.errors import ConfigurationError
@@ -62,7 +60,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.float8_e4
 FLOATS = {name: _float(name, dtype) for name, dtype in DTYPES.items()}
 
 
-def as_format(format: str | Sequence[int] | Format) -> Format:
+def as_format(format: str | tuple[int, int] | Format) -> Format:
     """The `Format` of "bf16", "fp16", "e4m3", "e5m2" or of a fixed point `(integer_bits, fraction_bits)`, sign included.
 
     >>> as_format((6, 10)).high, as_format("e4m3").high
@@ -72,8 +70,8 @@ def as_format(format: str | Sequence[int] | Format) -> Format:
         return format
     if isinstance(format, str) and format in FLOATS:
         return FLOATS[format]
-    if isinstance(format, Sequence) and len(format) == 2 and all(isinstance(bits, int) for bits in format):
-        integer, fraction = (int(bits) for bits in format)
+    if not isinstance(format, str):
+        integer, fraction = format
         if integer >= 1 and fraction >= 0 and integer + fraction <= 24:
             high = 2.0 ** (integer - 1)
             return Format(f"<{integer},{fraction}>", torch.float32, 0, -fraction, -fraction, -high, high - 2.0**-fraction, True)
@@ -84,9 +82,7 @@ def as_format(format: str | Sequence[int] | Format) -> Format:
     raise ConfigurationError(f"No number format {format!r}. Choose one of {', '.join(FLOATS)} or a pair (integer_bits, fraction_bits).")
 
 
-def round_nearest(
-    x: Float[Tensor, "..."], format: str | Sequence[int] | Format | None = None, *, grid: float | None = None
-) -> Float[Tensor, "..."]:
+def round_nearest(x: Tensor, format: str | tuple[int, int] | Format | None = None, *, grid: float | None = None) -> Tensor:
     """The number of the format (or multiple of `grid`) nearest to x, ties to even; in the format's dtype (fixed point: float32).
 
     >>> round_nearest(torch.tensor([1.001, -100.0]), (6, 10)).tolist()
@@ -98,14 +94,14 @@ def round_nearest(
 
 
 def round_stochastic(
-    x: Float[Tensor, "..."],
-    format: str | Sequence[int] | Format | None = None,
+    x: Tensor,
+    format: str | tuple[int, int] | Format | None = None,
     *,
     grid: float | None = None,
     seed: int = 0,
     step: int | Tensor = 0,
     stream: int | str = 0,
-    index: int | Int[Tensor, "..."] = 0,
+    index: int | Tensor = 0,
     out: Tensor | None = None,
 ) -> Tensor:
     """One of the two neighbours of x in the format (or on the `grid`), chosen so that the mean over steps is x.
@@ -169,7 +165,7 @@ def _cast(rounded: Tensor, target: Format) -> Tensor:
     return rounded.to(target.dtype)
 
 
-def _target(format: str | Sequence[int] | Format | None, grid: float | None) -> Format:
+def _target(format: str | tuple[int, int] | Format | None, grid: float | None) -> Format:
     if (format is None) == (grid is None):
         raise ConfigurationError(f"Give a format or a grid, one of the two; got format={format!r} and grid={grid!r}.")
     if grid is None:
@@ -182,8 +178,8 @@ def _target(format: str | Sequence[int] | Format | None, grid: float | None) -> 
 
 def _on_cpu(x: Tensor, target: Format, key: int | Tensor, index: int, out: Tensor) -> Tensor:
     work = out if out.dtype == _work_dtype(target) and out.is_contiguous() else torch.empty(x.shape, dtype=_work_dtype(target))
-    wide_key = key if isinstance(key, Tensor) else torch.tensor(key)
-    _numba(x.contiguous(), wide_key, index, target.name == "bf16", *_range(target), work)
+    run = _operator if torch.compiler.is_compiling() else _numba
+    run(x.contiguous(), key if isinstance(key, Tensor) else torch.tensor(key), index, target.name == "bf16", *_range(target), work)
     return out if work is out else out.copy_(_cast(work, target))
 
 
@@ -203,7 +199,6 @@ def _range(target: Format) -> tuple[int, int, int, float, float, bool]:
     return target.mantissa, target.finest, target.coarsest, target.low, target.high, target.saturates_infinity
 
 
-@torch.library.custom_op("lightning_cnn::round_stochastic", mutates_args=("out",), device_types="cpu")
 def _numba(
     x: Tensor,
     key: Tensor,
@@ -222,3 +217,7 @@ def _numba(
     else:
         limits = (mantissa, finest, coarsest, low, high, saturates_infinity)
         kernel.to_spacing(x.numpy().reshape(-1), int(key), index, limits, out.numpy().reshape(-1), torch.get_num_threads())
+
+
+# what torch.compile calls on a CPU, where it would vectorise the formula badly
+_operator = torch.library.custom_op("lightning_cnn::round_stochastic", _numba, mutates_args=("out",), device_types="cpu")

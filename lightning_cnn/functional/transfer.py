@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from lightning_cnn.errors import raise_all
 
-FEW = 50  # pictures a class; the lecture gives no number, benchmarks/transfer.py measures 5, 20 and 240
+FEW = 50  # pictures a class: the lecture gives no number
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to train. `trained_stages` counts from the head (None: all); `factors` are learning-rate multiples from the head downwards."""
+    """What to train: `trained_stages` from the head (None: all), at learning-rate multiples `factors` from the head downwards."""
 
     name: str
     probe: str | None

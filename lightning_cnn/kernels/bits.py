@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false, reportMissingParameterType=false, reportArgumentType=false, reportReturnType=false
+# (numba's intrinsics are called without their first parameter)
 """Numbers to bits and sums of bits back to numbers.
 
 A bit is 1 where the number is below zero, so +0.0, -0.0 and NaN count as +1. A word holds 64 channels of a pixel, the last word of a
@@ -10,6 +12,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 _ADDRESS = ir.IntType(64)
@@ -53,7 +56,7 @@ class Bits(NamedTuple):
 
 
 @intrinsic
-def _eight_below_zero(typingctx, address):  # pyright: ignore[reportMissingParameterType]
+def _eight_below_zero(typingctx, address):
     """Eight bits for eight float32 at `address`."""
 
     def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
@@ -66,7 +69,7 @@ def _eight_below_zero(typingctx, address):  # pyright: ignore[reportMissingParam
     return types.uint64(types.uintp), build
 
 
-def _pack_nhwc(x, words):  # pyright: ignore[reportMissingParameterType]
+def _pack_nhwc(x, words):
     """float32 (m, c) to uint64 (m, ceil(c / 64))."""
     rows, channels = x.shape
     for m in prange(rows):
@@ -83,7 +86,7 @@ def _pack_nhwc(x, words):  # pyright: ignore[reportMissingParameterType]
             words[m, channels // 64] = word
 
 
-def _pack_nchw(x, words):  # pyright: ignore[reportMissingParameterType]
+def _pack_nchw(x, words):
     """float32 (n, c, pixels) to uint64 (n, pixels, ceil(c / 64))."""
     batch, channels, pixels = x.shape
     width = words.shape[2]
@@ -126,7 +129,7 @@ def pack(x: np.ndarray, channels_last: bool, threads: int = 1) -> np.ndarray:
 
 def chosen(loop: tuple[Any, Any], threads: int) -> Any:
     """The form of a loop for so many threads; sets numba's count for this Python thread."""
-    threads = min(threads, numba.config.NUMBA_NUM_THREADS)  # pyright: ignore[reportAttributeAccessIssue]
+    threads = min(threads, numba.config.NUMBA_NUM_THREADS)  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
     if threads > 1:
         numba.set_num_threads(threads)
     return loop[threads > 1]
@@ -151,20 +154,21 @@ def _affine_of(count: int) -> Any:
 
         dot = b.sitofp(_dots(b, sums, total, count), floats)
         scaled = b.fadd(b.fmul(dot, coefficient(0)), coefficient(1))
-        b.store(b.fadd(b.fmul(scaled, coefficient(2)), coefficient(3)), b.inttoptr(out, ir.PointerType(floats))).align = 4
+        fused = cgutils.get_or_insert_function(b.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fma.v{count}f32")
+        b.store(b.call(fused, (scaled, coefficient(2), coefficient(3))), b.inttoptr(out, ir.PointerType(floats))).align = 4
         return context.get_dummy_value()
 
     return build
 
 
 @intrinsic
-def _sixteen_floats(typingctx, sums, total, affine, pitch, out):  # pyright: ignore[reportMissingParameterType]
+def _sixteen_floats(typingctx, sums, total, affine, pitch, out):
     """Sixteen filters of `finish_floats`, by addresses."""
     return types.void(types.uintp, types.int32, types.uintp, types.uintp, types.uintp), _affine_of(16)
 
 
 @intrinsic
-def _word(typingctx, sums, total, threshold, flip, out):  # pyright: ignore[reportMissingParameterType]
+def _word(typingctx, sums, total, threshold, flip, out):
     """One word of `finish_bits`, by addresses."""
 
     def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
@@ -192,7 +196,7 @@ def _dots(b: Any, sums: Any, total: Any, count: int) -> Any:
 
 
 @intrinsic
-def _one_float(typingctx, sums, total, affine, pitch, out):  # pyright: ignore[reportMissingParameterType]
+def _one_float(typingctx, sums, total, affine, pitch, out):
     """One filter of `finish_floats`, by addresses."""
     return types.void(types.uintp, types.int32, types.uintp, types.uintp, types.uintp), _affine_of(1)
 
@@ -200,9 +204,9 @@ def _one_float(typingctx, sums, total, affine, pitch, out):  # pyright: ignore[r
 # The loops below take addresses: making and dropping an array slice a pixel costs more than the arithmetic.
 @njit(boundscheck=False, nogil=True, error_model="numpy", cache=True)
 def finish_floats(sums, total, affine, pitch, out, count):
-    """`out[c] = ((total - 2 sums[c]) * scale + bias) * gain + offset` of `count` filters, rounded after every step, as PyTorch does.
+    """`out[c] = ((total - 2 sums[c]) * scale + bias) * gain + offset`; the last two are one FMA, as in PyTorch's batch norm.
 
-    Addresses of uint16 and float32; `affine` that of the first filter's scale, `pitch` the bytes from there to its bias.
+    Addresses of `count` uint16 and float32; `affine` that of the first filter's scale, `pitch` the bytes from there to its bias.
     """
     for c in range(0, count - 15, 16):
         _sixteen_floats(sums + np.uintp(2 * c), np.int32(total), affine + np.uintp(4 * c), pitch, out + np.uintp(4 * c))

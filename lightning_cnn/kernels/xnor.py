@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false, reportMissingParameterType=false, reportArgumentType=false, reportReturnType=false
+# (numba's intrinsics are called without their first parameter)
 """Binary convolution of packed numbers, by whatever the processor does fastest.
 
 With AVX2 alone that is table look-ups (`xnor_avx2`); elsewhere XOR and a popcount that the compiler turns into AVX-512 VPOPCNTDQ, NEON
@@ -65,14 +67,14 @@ def convolve(
 
 
 @intrinsic
-def _popcount(typingctx, word):  # pyright: ignore[reportMissingParameterType]
+def _popcount(typingctx, word):
     def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         return b.call(b.module.declare_intrinsic("llvm.ctpop", [arguments[0].type]), arguments)
 
     return types.uint64(types.uint64), build
 
 
-def _convolve(words, panel, size, geometry, affine, threshold, flip, floats, bits):  # pyright: ignore[reportMissingParameterType]
+def _convolve(words, panel, size, geometry, affine, threshold, flip, floats, bits):
     batch, height, width, per_pixel = words.shape
     rows, columns = size
     filters = panel.shape[1]

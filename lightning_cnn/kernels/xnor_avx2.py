@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false, reportMissingParameterType=false, reportArgumentType=false, reportReturnType=false
+# (numba's intrinsics are called without their first parameter)
 """Products of +-1 by +-1 on AVX2: table look-ups in place of the popcount instruction that AVX2 lacks.
 
 Four bits of the input choose a table of 16 bytes, popcount(input ^ weight) for every nibble of weights; one `vpshufb` looks it up for
@@ -72,8 +74,8 @@ def _tile(vectors: int) -> Any:
     """Add to `sums` the popcounts of two pixels by `vectors` * 32 channels over `triples` * 3 nibbles, at most `STEPS`.
 
     Arguments, all addresses or sizes: tables; weights (3 * vectors vectors a triple); offsets (uint32, where a step's input lies from
-    the pixel on); pixel (uint16 input, an offset into the tables); triples; sums (uint16, 32 * vectors of the first pixel); pitch (bytes
-    to those of the second pixel).
+    the pixel on); pixel (uint16 input, an offset into the tables); triples; sums (uint16, 32 * vectors of the first pixel); pitch
+    (bytes to those of the second).
     """
 
     def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
@@ -122,7 +124,7 @@ def _tile(vectors: int) -> Any:
         return context.get_dummy_value()
 
     @intrinsic
-    def tile(typingctx, table_base, weights, offsets, pixel, triples, sums, pitch):  # pyright: ignore[reportMissingParameterType]
+    def tile(typingctx, table_base, weights, offsets, pixel, triples, sums, pitch):
         return types.void(*[types.uintp] * 7), build
 
     return tile
@@ -134,7 +136,7 @@ _TABLES = tables()
 
 
 def panels(negative: np.ndarray) -> np.ndarray:
-    """The weights (k, c, r, s; True where below zero) as the tiles read them: (blocks, steps, 32 * vectors) nibbles, 64-byte aligned."""
+    """The weights (k, c, r, s; True where below zero) for the tiles: (blocks, steps, 32 * vectors) nibbles, 64-byte aligned."""
     filters, channels, *taps = negative.shape
     quads = -(-channels // 4)
     vectors = vectors_for(filters)
@@ -150,12 +152,12 @@ def panels(negative: np.ndarray) -> np.ndarray:
 
 
 def vectors_for(filters: int) -> int:
-    """Vectors a tile: 4 is a quarter faster a product, 2 wastes less where the filters do not fill it."""
+    """Vectors a tile: 4 does more products a cycle, 2 wastes less where the filters do not fill it."""
     return min((4, 2), key=lambda v: -(-filters // (LANES * v)) * v * (1.0, 1.25)[v == 2])
 
 
 @intrinsic
-def _spread(typingctx, word, address):  # pyright: ignore[reportMissingParameterType]
+def _spread(typingctx, word, address):
     """Write the 16 nibbles of `word` as uint16 to `address`."""
 
     def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
@@ -171,7 +173,7 @@ def _spread(typingctx, word, address):  # pyright: ignore[reportMissingParameter
     return types.void(types.uint64, types.uintp), build
 
 
-def _expand(words, quads, stride_w, padding_h, padding_w, inputs):  # pyright: ignore[reportMissingParameterType]
+def _expand(words, quads, stride_w, padding_h, padding_w, inputs):
     """Packed words (n, h, w, c / 64) to table offsets (n, rows, columns * quads) of pixel pairs `stride_w` columns apart."""
     batch, height, width, per_pixel = words.shape
     rows, size = inputs.shape[1], inputs.shape[2]
@@ -264,7 +266,7 @@ def _task(n, begin, inputs, panel, offsets, size, geometry, affine, floats, thre
         _finish(sums, block * lanes, lanes, size, geometry, begin, end, affine, floats[n], threshold, flip, bits[n])
 
 
-def _convolve(inputs, panel, offsets, size, geometry, affine, floats, threshold, flip, bits):  # pyright: ignore[reportMissingParameterType]
+def _convolve(inputs, panel, offsets, size, geometry, affine, floats, threshold, flip, bits):
     tasks = (size.height * size.pairs + _PAIRS - 1) // _PAIRS
     for task in prange(inputs.shape[0] * tasks):
         _task(task // tasks, task % tasks * _PAIRS, inputs, panel, offsets, size, geometry, affine, floats, threshold, flip, bits)

@@ -8,8 +8,11 @@ from .noise import DropConnectConv2d as DropConnectConv2d
 from .noise import DropConnectLinear as DropConnectLinear
 from .noise import Dropout as Dropout
 from .noise import StochasticDepth as StochasticDepth
-from .stages import Stage as Stage
-from .stages import stages as stages
+from .pack import pack as pack
+from .packed import PackedConv2d as PackedConv2d
+from .packed import PackedLinear as PackedLinear
 from .random_lens_distortion import RandomLensDistortion as RandomLensDistortion
 from .random_pca_lighting import RandomPCALighting as RandomPCALighting
+from .stages import Stage as Stage
+from .stages import stages as stages
 from .trivial_augment import TrivialAugment as TrivialAugment

@@ -14,7 +14,10 @@ Params = dict[str, Tensor]
 
 
 class Warped(GeometricAugmentationBase2D):
-    """Subclasses draw `affine` (b 2 3) and perhaps `lens` (b 4) in `generate_parameters`; see `functional.warp` for both."""
+    """Subclasses draw plain numbers in `generate_parameters`, and say in `affine_of` and `lens_of` which map they mean.
+
+    `functional.warp` describes both. Only the draws are made where the noise is keyed, because every operation costs more there.
+    """
 
     draws_first = True  # nothing is drawn while the picture is made: only the parameters need the noise
     _compute_matrix_lazily = True
@@ -23,10 +26,18 @@ class Warped(GeometricAugmentationBase2D):
         super().__init__(p=p)
         self.flags = {"size": size, "fill": fill}
 
+    def affine_of(self, params: Params) -> Tensor:
+        """The affine maps (b 2 3) of `params`."""
+        raise NotImplementedError
+
+    def lens_of(self, params: Params) -> Tensor | None:
+        """The lenses (b 4) of `params`, if this augmentation has any."""
+        return None
+
     def compute_transformation(self, input: Tensor, params: Params, flags: dict[str, Any]) -> Tensor:
         """The affine part as a matrix from input to output pixel indices; points that pass a lens are mapped by `map_points`."""
         size_in, size_out = self._sizes(params)
-        affine = params["affine"].to(input.device, torch.float32)
+        affine = self.affine_of(params).to(input.device, torch.float32)
         last = affine.new_tensor([0.0, 0.0, 1.0]).expand(len(affine), 1, 3)
         back = torch.linalg.inv(torch.cat([affine, last], 1))
         return (_translation(affine, size_out, 1) @ back @ _translation(affine, size_in, -1)).to(input.dtype)
@@ -55,18 +66,18 @@ class Warped(GeometricAugmentationBase2D):
         raise NotImplementedError(f"{type(self).__name__} loses what leaves the frame and has no inverse for pictures.")
 
     def _grid(self, input: Tensor, params: Params) -> Tensor:
-        affine, lens = (
-            value if value is None else value.to(input.device, input.dtype) for value in (params["affine"], params.get("lens"))
-        )
-        return warp.sampling_grid(affine, *self._sizes(params), lens)
+        return warp.sampling_grid(self.affine_of(params).to(input), *self._sizes(params), _to(self.lens_of(params), input))
 
     def _moved(self, points: Tensor, params: Params) -> Tensor:
-        lens = params["lens"].to(points) if "lens" in params else None
-        return warp.map_points(points, params["affine"].to(points), *self._sizes(params), lens)
+        return warp.map_points(points, self.affine_of(params).to(points), *self._sizes(params), _to(self.lens_of(params), points))
 
     def _sizes(self, params: Params) -> tuple[tuple[int, int], tuple[int, int]]:
         height, width = params["forward_input_shape"].tolist()[-2:]
         return (height, width), self.flags["size"] or (height, width)
+
+
+def _to(value: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if value is None else value.to(like)
 
 
 def _translation(like: Tensor, size: tuple[int, int], sign: int) -> Tensor:

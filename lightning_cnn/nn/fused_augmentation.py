@@ -94,19 +94,26 @@ class FusedAugmentation(Warped):
         return f"FusedAugmentation({self.described})"
 
     def generate_parameters(self, batch_shape: Any) -> Params:
-        b, height, width = batch_shape[0], batch_shape[-2], batch_shape[-1]
-        drawn = torch.rand(b, len(DRAWS) + len(COLOURS) + len(LENS))
-        u: Params = dict(zip((*DRAWS, *COLOURS, *LENS), drawn.unbind(-1), strict=True))
-        params = {"affine": self._affine(u, (height, width))}
-        if self.bends:
-            sizes = (self.knobs["lens"], self.knobs["lens"], self.knobs["lens_tangential"], self.knobs["lens_tangential"])
-            params["lens"] = torch.stack([(2 * u[name] - 1) * size for name, size in zip(LENS, sizes, strict=True)], -1)
-        factors = {name: 1 + (2 * u[name] - 1) * self.knobs[name] for name in COLOURS[:3]}
-        hue = (2 * u["hue"] - 1) * self.knobs["hue"] * 2 * math.pi
-        params["gain"], params["pivot"] = colour.colour_gain(**factors, hue=hue)
-        components = (drawn.new_tensor(colour.IMAGENET_VALUES), drawn.new_tensor(colour.IMAGENET_VECTORS))
-        params["light"] = colour.lighting(torch.randn(b, 3) * self.knobs["lighting"], *components)
+        params = {"u": torch.rand(batch_shape[0], len(DRAWS) + len(COLOURS) + len(LENS))}
+        if self.knobs["lighting"]:
+            params["alpha"] = torch.randn(batch_shape[0], 3)
         return params
+
+    def lens_of(self, params: Params) -> Tensor | None:
+        sizes = [self.knobs["lens"]] * 2 + [self.knobs["lens_tangential"]] * 2
+        return (2 * params["u"][:, -4:] - 1) * params["u"].new_tensor(sizes) if self.bends else None
+
+    def colour_of(self, params: Params) -> tuple[Tensor, Tensor, Tensor]:
+        """Gain, pivot and light, as `functional.colour` takes them."""
+        first = len(DRAWS)
+        sizes = params["u"].new_tensor([self.knobs[name] for name in COLOURS])
+        brightness, contrast, saturation, turns = ((2 * params["u"][:, first : first + len(COLOURS)] - 1) * sizes).unbind(-1)
+        factors = {"brightness": 1 + brightness, "contrast": 1 + contrast, "saturation": 1 + saturation}
+        gain, pivot = colour.colour_gain(**factors, hue=turns * 2 * math.pi)
+        if "alpha" not in params:
+            return gain, pivot, torch.zeros_like(pivot)
+        components = gain.new_tensor(colour.IMAGENET_VALUES), gain.new_tensor(colour.IMAGENET_VECTORS)
+        return gain, pivot, colour.lighting(params["alpha"] * self.knobs["lighting"], *components)
 
     def apply_transform(self, input: Tensor, params: Params, flags: dict[str, Any], transform: Tensor | None = None) -> Tensor:
         if input.device.type == "cpu" and input.dtype == torch.float32 and not input.requires_grad and flags["fill"] != "reflection":
@@ -115,7 +122,7 @@ class FusedAugmentation(Warped):
         return self._coloured(output, params) if self.colours else output
 
     def _coloured(self, image: Tensor, params: Params) -> Tensor:
-        gain, pivot, light = (params[name].to(image) for name in ("gain", "pivot", "light"))
+        gain, pivot, light = (part.to(image) for part in self.colour_of(params))
         mapped = colour.colour_map(gain, pivot, light, image.mean((2, 3)).expand(-1, 3))
         if image.shape[1] == 1:  # the first of the three equal channels that a grey picture stands for
             mapped = torch.cat([mapped[:, :1, :3].sum(-1, keepdim=True), mapped[:, :1, 3:]], -1)
@@ -126,21 +133,22 @@ class FusedAugmentation(Warped):
         from lightning_cnn.kernels.augment import warp_colour
 
         size_in, size_out = self._sizes(params)
-        terms = warp.position_terms(params["affine"], size_out, params.get("lens"))
-        terms[:, :, 0] += terms.new_tensor([(size_in[1] - 1) / 2, (size_in[0] - 1) / 2])
-        arrays = (image.contiguous(), terms.float(), *(params[name].float() for name in ("gain", "pivot", "light")))
-        pixels, positions, gain, pivot, light = (array.contiguous().numpy() for array in arrays)
+        terms = warp.position_terms(self.affine_of(params), size_out, self.lens_of(params))
+        terms = torch.cat([terms[:, :, :1] + terms.new_tensor([[(size_in[1] - 1) / 2], [(size_in[0] - 1) / 2]]), terms[:, :, 1:]], -1)
+        colours = self.colour_of(params) if self.colours else (torch.zeros(len(image), 3, 3), *torch.zeros(2, len(image), 3))
+        pixels, positions, *parts = (array.float().contiguous().numpy() for array in (image, terms, *colours))
         does = (self.bends, flags["fill"] == "border", self.moves, self.colours)
-        return torch.from_numpy(warp_colour(pixels, positions, *does, gain, pivot, light, size_out, torch.get_num_threads()))
+        return torch.from_numpy(warp_colour(pixels, positions, *does, *parts, size_out, torch.get_num_threads()))
 
-    def _affine(self, u: Params, size_in: tuple[int, int]) -> Tensor:
-        knob, (height, width) = self.knobs, size_in
+    def affine_of(self, params: Params) -> Tensor:
+        knob, (size_in, out) = self.knobs, self._sizes(params)
+        height, width = size_in
+        u: Params = dict(zip(DRAWS, params["u"].unbind(-1), strict=False))
         mirror = torch.stack([1 - 2 * (u["flip"] < knob["flip"]).float(), 1 - 2 * (u["flip_y"] < knob["flip_vertical"]).float()], -1)
         spread = _between(u["scale"], *knob["scale"])
         stretch = ((2 * u["stretch"] - 1) * math.log1p(knob["stretch"]) / 2).exp()
         shear = torch.stack([u["shear_x"], u["shear_y"]], -1) * 2 - 1
         away = torch.stack([u["shift_x"], u["shift_y"]], -1) * 2 - 1
-        out = self.flags["size"] or size_in
         pad = knob["pad_crop_px"]
         whole = torch.stack([u["window_x"], u["window_y"]], -1).mul(2 * pad + 1).floor() - pad
         return warp.affine_map(

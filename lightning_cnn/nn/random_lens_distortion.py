@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_cnn.errors import raise_all
 from lightning_cnn.nn._warped import Params, Warped
@@ -25,9 +26,13 @@ class RandomLensDistortion(Warped):
         self.radial, self.tangential = radial, tangential
 
     def generate_parameters(self, batch_shape: Any) -> Params:
-        u = torch.rand(batch_shape[0], 4) * 2 - 1
-        affine = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).expand(batch_shape[0], 2, 3)
-        return {"lens": u * u.new_tensor([self.radial, self.radial, self.tangential, self.tangential]), "affine": affine}
+        return {"u": torch.rand(batch_shape[0], 4)}
+
+    def affine_of(self, params: Params) -> Tensor:
+        return torch.eye(2, 3).expand(len(params["u"]), 2, 3)
+
+    def lens_of(self, params: Params) -> Tensor:
+        return (params["u"] * 2 - 1) * params["u"].new_tensor([self.radial, self.radial, self.tangential, self.tangential])
 
     def __repr__(self) -> str:
         return f"RandomLensDistortion(radial={self.radial}, tangential={self.tangential}, p={self.p})"

@@ -116,7 +116,9 @@ def _grouped(chain: list[Unit]) -> list[tuple[str, list[nn.Module]]]:
 
 def _label(part: list[Unit]) -> str:
     names = [unit.name for unit in part if any(weight.dim() > 1 for weight in unit.weights)]
-    return names[0] if len(names) == 1 else f"{names[0]}..{names[-1].rpartition('.')[2]}"
+    first, last = names[0], names[-1]
+    together = first.rpartition(".")[0] == last.rpartition(".")[0]
+    return first if first == last else f"{first}..{last.rpartition('.')[2] if together else last}"
 
 
 def _named(model: nn.Module, patterns: Sequence[str]) -> list[tuple[str, list[nn.Module]]]:

@@ -1,7 +1,12 @@
-from .conv_report import conv_report as conv_report
+from .augmentation_grid import augmentation_grid as augmentation_grid
 from .confusion_matrix import confusion_matrix as confusion_matrix
+from .conv_report import conv_report as conv_report
 from .ladder import ladder as ladder
+from .layer_accuracy import layer_accuracy as layer_accuracy
+from .loss_curves import loss_curves as loss_curves
+from .neighbours import neighbours as neighbours
 from .picture_grid import picture_grid as picture_grid
+from .projection import projection as projection
 from .rejection_curve import rejection_curve as rejection_curve
 from .reliability_diagram import reliability_diagram as reliability_diagram
 from .schedule import schedule as schedule

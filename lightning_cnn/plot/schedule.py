@@ -17,8 +17,8 @@ def schedule(rates: Mapping[str, Sequence[float]], *, steps: Sequence[int] | Non
         rate = np.asarray(values, dtype=float)
         x = np.arange(len(rate)) if steps is None else np.asarray(steps)
         (line,) = axes.plot(x, np.where(rate > 0, rate, np.nan), label=name)
-        axes.plot(x, np.where(rate > 0, np.nan, floor), color=line.get_color(), ls=":", lw=2)
-    if any(rate <= 0 for values in rates.values() for rate in values):
+        axes.plot(x[:-1], np.where(rate > 0, np.nan, floor)[:-1], color=line.get_color(), ls=":", lw=2)
+    if any(rate <= 0 for values in rates.values() for rate in values[:-1]):  # a schedule may end at zero
         axes.plot([], [], color="0.4", ls=":", lw=2, label="frozen")
     axes.set_yscale("log")
     axes.set(xlabel=xlabel, ylabel="learning rate")

@@ -1,6 +1,9 @@
+from ._report import report as report
 from .binary_net import BinaryNet as BinaryNet
 from .binary_net import bi_real as bi_real
 from .binary_net import binary_connect as binary_connect
 from .binary_net import xnor_net as xnor_net
+from .fixed_point import FixedPoint as FixedPoint
+from .fixed_point import courbariaux as courbariaux
 from .low_bit import LowBit as LowBit
 from .stochastic_rounding import StochasticRounding as StochasticRounding

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -63,13 +64,34 @@ def only(optimizer: Optimizer, chosen: Iterable[Tensor]) -> Iterator[None]:
             group["params"] = whole
 
 
+class Workspace:
+    """Float32 memory for the shadows of one bucket, kept from step to step: fresh pages cost more than the arithmetic on a CPU."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+        self._used = 0
+
+    def reserve(self, numbers: int) -> None:
+        self._used = 0
+        if self._memory.numel() < numbers:
+            self._memory = torch.empty(numbers)
+
+    def widen(self, x: Tensor) -> Tensor:
+        """A contiguous float32 copy; where the device has a caching allocator, from that."""
+        if isinstance(x, DTensor) or x.device.type != "cpu" or x.layout != torch.strided:
+            return x.to(torch.float32, copy=True).contiguous()
+        start, self._used = self._used, self._used + x.numel()
+        return self._memory[start : self._used].view(x.shape).copy_(x)
+
+
 @contextmanager
-def shadowed(optimizer: Optimizer, is_low: Callable[[Tensor], bool]) -> Iterator[Pairs]:
+def shadowed(optimizer: Optimizer, is_low: Callable[[Tensor], bool], workspace: Workspace) -> Iterator[Pairs]:
     """Replace the parameters that `is_low` by float32 shadows, with their gradients and states; yields (parameter, shadow)."""
     pairs: Pairs = []
+    workspace.reserve(2 * sum(parameter.numel() for parameter in parameters(optimizer) if is_low(parameter)))
     lists = [group["params"] for group in optimizer.param_groups]
     for group, whole in zip(optimizer.param_groups, lists, strict=True):
-        group["params"] = [_shadow(optimizer, parameter, pairs) if is_low(parameter) else parameter for parameter in whole]
+        group["params"] = [_shadow(optimizer, parameter, pairs, workspace) if is_low(parameter) else parameter for parameter in whole]
     try:
         yield pairs
     finally:
@@ -79,10 +101,10 @@ def shadowed(optimizer: Optimizer, is_low: Callable[[Tensor], bool]) -> Iterator
             _move(optimizer, shadow, parameter)
 
 
-def _shadow(optimizer: Optimizer, parameter: Tensor, pairs: Pairs) -> Tensor:
-    shadow = Parameter(parameter.detach().to(torch.float32, copy=True), requires_grad=parameter.requires_grad)
+def _shadow(optimizer: Optimizer, parameter: Tensor, pairs: Pairs, workspace: Workspace) -> Tensor:
+    shadow = Parameter(workspace.widen(parameter.detach()), requires_grad=parameter.requires_grad)
     if parameter.grad is not None:
-        shadow.grad = parameter.grad.float()
+        shadow.grad = workspace.widen(parameter.grad)
     _move(optimizer, parameter, shadow)
     pairs.append((parameter, shadow))
     return shadow

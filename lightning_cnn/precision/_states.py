@@ -62,7 +62,7 @@ def entries(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tens
 
 def widen(optimizer: Optimizer, parameter: Tensor) -> None:
     for name, value in list(entries(optimizer, parameter)):
-        optimizer.state[parameter][name] = value.unpack(parameter) if isinstance(value, Packed) else value.float()
+        optimizer.state[parameter][name] = value.unpack(parameter) if isinstance(value, Packed) else value.float().contiguous()
 
 
 def narrow(optimizer: Optimizer, parameter: Tensor, storage: str, *, seed: int, step: int, stream: str) -> None:
@@ -96,7 +96,7 @@ def portable(optimizer: Optimizer, store: Callable[[Tensor], None]) -> None:
         for number, parameter in zip(_ids(loading), parameters(optimizer), strict=True):
             for name, value in loading["state"].get(number, {}).items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-                    optimizer.state[parameter][name] = value.to(parameter.device, copy=True)
+                    optimizer.state[parameter][name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             store(parameter)
         loading.clear()
 

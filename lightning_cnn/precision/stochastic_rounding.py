@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 from lightning_cnn.errors import NoEffectWarning, raise_all
 from lightning_cnn.functional.rounding import FLOATS, as_format, round_nearest
 from lightning_cnn.precision import _shadow, _states
+from lightning_cnn.precision._layers import NORMS
 from lightning_cnn.precision._shard import write_back
 
 log = logging.getLogger(__name__)
 HELD = [name for name, format in FLOATS.items() if format.mantissa <= 7]  # what a bfloat16 tensor holds exactly
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 class StochasticRounding(Precision):
@@ -48,6 +48,7 @@ class StochasticRounding(Precision):
     ) -> None:
         self.format, self.states, self.rounding = format, states, rounding
         self.keep, self.bucket_mib, self.seed = tuple(keep), bucket_mib, seed
+        self._workspace = _shadow.Workspace()
         self._steps: list[int] = []
         self._optimizers: list[Optimizer] = []
         self._low: dict[Tensor, str] = {}
@@ -105,14 +106,17 @@ class StochasticRounding(Precision):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps = list(state_dict["steps"])
 
+    def teardown(self) -> None:
+        self._workspace = _shadow.Workspace()
+
     # What it does
 
     def _step(self, optimizer: Optimizer, **kwargs: Any) -> None:
         """One step of the parameters that the optimizer holds at the moment."""
         here = list(_shadow.parameters(optimizer))
-        for parameter in here:
+        for parameter in filter(self._low.__contains__, here):
             _states.widen(optimizer, parameter)
-        with torch.no_grad(), _shadow.shadowed(optimizer, self._low.__contains__) as pairs:
+        with torch.no_grad(), _shadow.shadowed(optimizer, self._low.__contains__, self._workspace) as pairs:
             optimizer.step(**kwargs)
         for parameter, shadow in pairs:
             write_back(parameter, shadow, as_format(self.format), self.rounding, **self._noise(optimizer, parameter))

@@ -17,7 +17,20 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_cnn.callbacks import BatchAugmentation
+from lightning_cnn.callbacks import (
+    EMA,
+    L2SP,
+    BatchAugmentation,
+    BatchNormReestimation,
+    CutMix,
+    DiscriminativeLR,
+    FrozenBatchNorm,
+    GradualUnfreezing,
+    HorizontalFlip,
+    Marginalize,
+    MixUp,
+    SnapshotEnsemble,
+)
 from lightning_cnn.functional import counter
 from lightning_cnn.functional.batch import Batch
 
@@ -31,7 +44,17 @@ class Case:
 
 
 CASES = [
+    Case("cutmix", lambda: CutMix(classes=3), off=lambda: CutMix(classes=3, p=0.0)),
+    Case("mixup", lambda: MixUp(classes=3, alpha=1.0), off=lambda: MixUp(classes=3, p=0.0)),
     Case("batch_augmentation", lambda: BatchAugmentation(augment=["flip", "affine"]), off=lambda: BatchAugmentation(augment=[])),
+    Case("batch_norm_reestimation", lambda: BatchNormReestimation(batches=2)),
+    Case("discriminative_lr", DiscriminativeLR, off=lambda: DiscriminativeLR(factors=[1.0])),
+    Case("ema", lambda: EMA(decay=0.5), off=lambda: EMA(start=10**6), plain_evaluation=False),
+    Case("frozen_batch_norm", lambda: FrozenBatchNorm(layers="all"), off=FrozenBatchNorm),
+    Case("gradual_unfreezing", GradualUnfreezing, off=lambda: GradualUnfreezing(unfrozen=9)),
+    Case("l2_sp", lambda: L2SP(alpha=0.1), off=lambda: L2SP(alpha=0, beta=0)),
+    Case("snapshot_ensemble", lambda: SnapshotEnsemble(cycles=2), plain_evaluation=False),
+    Case("marginalize", lambda: Marginalize(views=[HorizontalFlip()]), off=lambda: Marginalize(), plain_evaluation=False),
 ]
 
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_cnn.callbacks import DiscriminativeLR, FeatureCache, FrozenBatchNorm, GradualUnfreezing
+from lightning_cnn.data import Resumable
 from lightning_cnn.errors import ConfigurationError, UnsupportedLayerError
 
 
@@ -83,6 +84,24 @@ def test_weights_and_random_state_are_bit_identical(net, data):
     assert same(weights(plain), weights(cached))
     assert torch.equal(plain_state, cached_state)
     assert passes.counts[0] > 0 and passes.counts[-1] == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_this_packages_loaders_are_bit_identical_too_and_resume_inside_an_epoch(workers, tmp_path):
+    def data():
+        return Resumable(loader(30).dataset, batch_size=8, num_workers=workers)
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 6:
+                trainer.save_checkpoint(tmp_path / "6.ckpt")
+
+    passes = Passes()
+    plain, _ = run(frozen(), data=data())
+    cached, _ = run(frozen(), FeatureCache(), passes, Save(), data=data())
+    resumed, _ = run(frozen(), FeatureCache(), data=data(), ckpt_path=tmp_path / "6.ckpt")
+    assert same(weights(plain), weights(cached)) and same(weights(plain), weights(resumed))
+    assert [count > 0 for count in passes.counts] == [True, False, False, False]
 
 
 def test_nothing_is_loaded_once_everything_is_stored():

@@ -199,7 +199,7 @@ def test_what_cannot_work_is_refused_with_its_reason():
         def test_step(self, batch, batch_idx):
             self(batch[0])
 
-    with pytest.raises(ConfigurationError, match=r"needs logits .* the forward of Pair gives a tuple. Give module="):
+    with pytest.raises(ConfigurationError, match=r"Needed are logits .* the forward of Pair gives a tuple. Give module="):
         trainer(Marginalize(views=["flip"])).test(Pair(), foreign(6), verbose=False)
     with pytest.raises(ConfigurationError, match=r"module='nett' is no part of Model. Is it one of net"):
         trainer(Marginalize(views=["flip"], module="nett")).test(Model(), foreign(6), verbose=False)

@@ -49,10 +49,14 @@ def reference(stored, index, size, epoch=0, seed=1):
     _, height, width = stored.shape
     box, flip, i = np.zeros((1, 4), np.int64), np.zeros(1, np.bool_), np.array([index])
     key = counter.key(seed, "augment", epoch)
-    resample.random_resized_boxes(key, i, np.array([height]), np.array([width]), np.array([0.08, 1]), np.log(np.array([3 / 4, 4 / 3])), box)
+    resample.random_resized_boxes(
+        key, i, np.array([height]), np.array([width]), np.array([0.08, 1]), np.log(np.array([3 / 4, 4 / 3])), box
+    )
     resample.random_flips(key, i, 0.5, flip)
     top, left, h, w = box[0]
-    image = F.interpolate(stored[None, :, top : top + h, left : left + w].float(), (size, size), mode="bilinear", antialias=True)[0] / 255
+    image = (
+        F.interpolate(stored[None, :, top : top + h, left : left + w].float(), (size, size), mode="bilinear", antialias=True)[0] / 255
+    )
     return image.flip(-1) if flip[0] else image
 
 
@@ -162,7 +166,9 @@ def test_damage_is_named_through_the_lane(files, tmp_path):
 
 def test_what_cannot_work_is_refused_at_setup_in_one_message(files):
     wrong = dict(lane="x", crop="x", dtype="x", order="x", size=0, flip=2, area=(0, 1), std=(0, 1, 1), ahead=0, train=None)
-    with pytest.raises(ConfigurationError, match=r"(?s)10 problems:.*lane.*crop.*dtype.*order.*Name a packed.*size.*flip.*area.*std.*ahead"):
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)10 problems:.*lane.*crop.*dtype.*order.*Name a packed.*size.*flip.*area.*std.*ahead"
+    ):
         module(**{"path": None, **wrong}).setup()
     with pytest.raises(DataError, match=r"lane='gather' delivers the stored \(24, 24\); size=16 needs lane='fused'"):
         module(files / "raw.pack", lane="gather", size=16).setup("fit")
@@ -177,7 +183,9 @@ def test_what_cannot_work_is_refused_at_setup_in_one_message(files):
 class Net(L.LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 3))
+        self.net = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 3)
+        )
         self.losses = []
 
     def forward(self, image):

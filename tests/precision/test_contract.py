@@ -10,11 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_cnn.precision import StochasticRounding
+from lightning_cnn.precision import BinaryNet, FixedPoint, LowBit, StochasticRounding
 
 
 def bfloat16_except_norms(name: str, weight: Tensor) -> bool:
     return weight.dtype == (torch.float32 if "norm" in name else torch.bfloat16)
+
+
+def fixed_point_except_norms(name: str, weight: Tensor) -> bool:
+    return "norm" in name or bool((weight * 1024 == (weight * 1024).round()).all() and weight.abs().max() <= 32)
+
+
+def latent_within_one(name: str, weight: Tensor) -> bool:
+    return "middle" not in name or bool(weight.abs().max() <= 1)
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,9 @@ class Case:
 CASES = {
     "stochastic_rounding": Case(lambda: StochasticRounding(seed=3), bfloat16_except_norms),
     "stochastic_rounding_8bit_states": Case(lambda: StochasticRounding(seed=3, states="8bit", bucket_mib=1e-3), bfloat16_except_norms),
+    "fixed_point": Case(lambda: FixedPoint(seed=3), fixed_point_except_norms),
+    "binary_net": Case(BinaryNet, latent_within_one),
+    "low_bit_ternary": Case(lambda: LowBit(weights=2, activations=2), latent_within_one),
 }
 each_plugin = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

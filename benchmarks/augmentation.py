@@ -1,0 +1,129 @@
+"""Fused augmentation against the same steps one after the other, and what the callback costs a training step.
+
+python benchmarks/augmentation.py [--quick] [--json FILE]
+"""
+
+import argparse
+import warnings
+from collections.abc import Callable
+
+import torch
+from _bench import Row, compare, interleave, medians, report, seconds
+from kornia import augmentation as K
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import v2
+
+from lightning_cnn.callbacks import BatchAugmentation
+from lightning_cnn.functional.keyed_random import KeyedRandom
+from lightning_cnn.nn import FusedAugmentation, RandomLensDistortion, RandomPCALighting
+
+BATCH = {32: 128, 224: 16}
+GEOMETRY = {"flip": 0.5, "rotate_deg": 15.0, "translate": 0.1, "scale": (0.9, 1.1), "shear_deg": 10.0}
+COLOUR = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2}
+FUSED = {
+    "flip, affine": GEOMETRY,
+    "flip, affine, jitter": {**GEOMETRY, **COLOUR},
+    "flip, affine, lens, jitter, lighting": {**GEOMETRY, **COLOUR, "lens": 0.1, "lighting": 0.1},
+}
+
+
+def kornias(row: str) -> nn.Module:
+    """The same steps as Kornia runs them; it has no lens and no PCA lighting, so those two are ours, unfused."""
+    steps: list[nn.Module] = [K.RandomHorizontalFlip(p=0.5), K.RandomAffine(15.0, (0.1, 0.1), (0.9, 1.1), 10.0, p=1.0)]
+    steps += [RandomLensDistortion(radial=0.1)] if "lens" in row else []
+    steps += [K.ColorJitter(0.2, 0.2, 0.2, 0.0, order=(0, 1, 2))] if "jitter" in row else []
+    steps += [RandomPCALighting(std=0.1)] if "lighting" in row else []
+    return K.AugmentationSequential(*steps, data_keys=["input"])
+
+
+def torchvisions(row: str) -> Callable[[Tensor], Tensor]:
+    bilinear = v2.InterpolationMode.BILINEAR
+    steps: list[nn.Module] = [v2.RandomHorizontalFlip(0.5), v2.RandomAffine(15.0, (0.1, 0.1), (0.9, 1.1), 10.0, interpolation=bilinear)]
+    steps += [v2.ColorJitter(0.2, 0.2, 0.2)] if "jitter" in row else []
+    one = v2.Compose(steps)
+    return lambda images: torch.stack([one(image) for image in images])
+
+
+def fused(row: str) -> Callable[[Tensor], Tensor]:
+    """As the callback runs it: parameters keyed by sample, then one pass."""
+    step = FusedAugmentation(**FUSED[row])
+
+    def call(images: Tensor) -> Tensor:
+        with KeyedRandom(3, torch.arange(len(images))):
+            params = step.forward_parameters(images.shape)
+        return step(images, params=params)
+
+    return call
+
+
+def speed(size: int, row: str, n: int, with_compiled: bool) -> list[Row]:
+    images = torch.rand(BATCH[size], 3, size, size)
+    rivals: dict[str, Callable[[Tensor], Tensor]] = {"ours": fused(row), "kornia eager": kornias(row)}
+    if with_compiled:
+        rivals["kornia compiled"] = torch.compile(kornias(row))
+    if "lens" not in row:
+        rivals["torchvision v2, sample by sample"] = torchvisions(row)
+    for function in rivals.values():
+        function(images)
+        function(images)
+    times = medians(interleave({name: lambda f=function: seconds(lambda: f(images)) for name, function in rivals.items()}, n))
+    us = {name: 1e6 * value / len(images) for name, value in times.items()}
+    return [
+        compare(
+            f"{row}, {size} px",
+            name,
+            us["ours"],
+            us[name],
+            "us/image",
+            larger_is_better=False,
+            bar=4.0 if "eager" in name else None,
+            n=n,
+        )
+        for name in us
+        if name != "ours"
+    ]
+
+
+class Small(LightningModule):
+    """A step of some milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+        )
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def hook(steps: int, n: int) -> Row:
+    """Time of a training step with a callback that has nothing to do, and without it."""
+    data = TensorDataset(torch.rand(32 * steps, 3, 32, 32), torch.zeros(32 * steps, dtype=torch.long))
+
+    def fit(callbacks: list[BatchAugmentation]) -> float:
+        off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=callbacks, **off)
+        return seconds(lambda: trainer.fit(Small(), DataLoader(data, batch_size=32))) / steps
+
+    runs = {"with": lambda: fit([BatchAugmentation(augment=[])]), "without": lambda: fit([])}
+    ms = {name: 1e3 * value for name, value in medians(interleave(runs, n)).items()}
+    return compare(
+        "training step, hook without operations", "no callback", ms["with"], ms["without"], "ms", larger_is_better=False, n=n
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    rounds = 7 if arguments.quick else 25
+    rows = [row for size in BATCH for name in FUSED for row in speed(size, name, rounds, with_compiled=not arguments.quick)]
+    report([*rows, hook(20 if arguments.quick else 60, 3 if arguments.quick else 7)], arguments.json)

@@ -1,0 +1,97 @@
+"""One bit against float32 and int8: convolutions of ResNet-18, and the whole network, bit-packed, on this CPU.
+
+python benchmarks/binary.py [--quick] [--json FILE]; packing the float input is part of our time.
+"""
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from _bench import Row, compare, interleave, medians, missing, report, seconds
+from torch import nn
+
+from lightning_cnn.kernels.xnor import prefers_tables
+from lightning_cnn.nn import pack
+from lightning_cnn.precision import xnor_net
+
+SHAPES = [(64, 56), (128, 28), (256, 14), (512, 7)]
+BATCHES = (1, 8)
+
+
+def layer_rows(channels: int, size: int, batch: int, threads: int, n: int) -> list[Row]:
+    conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False).eval()
+    holder = nn.Sequential(conv)
+    x = torch.randn(batch, channels, size, size)
+    x_last, w_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, conv.weight.detach()))
+    weight = conv.weight.detach().clone()
+    xnor_net(keep=(), scale=False).convert_module(holder)
+    packed = pack(holder)
+    functions = {
+        "packed": lambda: packed(x_last),
+        "nchw": lambda: F.conv2d(x, weight, padding=1),
+        "channels_last": lambda: F.conv2d(x_last, w_last, padding=1),
+    }
+    row, peer = f"conv 3x3 {channels}x{size}x{size} batch {batch} threads {threads}", "oneDNN int8"
+    try:
+        functions["int8"] = int8(x, weight)
+        functions["int8"]()
+    except (RuntimeError, ImportError, AttributeError):
+        functions.pop("int8", None)
+    times = timed(functions, n)
+    rows = [best_float(row, times, n, bar=12)]
+    if "int8" in times:
+        return [*rows, compare(row, peer, times["packed"], times["int8"], "ms", larger_is_better=False, bar=4, n=n)]
+    return [*rows, missing(row, peer, "a torch build with the onednn quantized engine")]
+
+
+def int8(x: torch.Tensor, weight: torch.Tensor):
+    from torch.ao.nn.quantized import Conv2d
+
+    torch.backends.quantized.engine = "onednn"
+    layer = Conv2d(weight.shape[1], weight.shape[0], 3, padding=1)
+    layer.set_weight_bias(torch.quantize_per_tensor(weight, 0.02, 0, torch.qint8), torch.zeros(len(weight)))
+    layer.scale, layer.zero_point = 0.5, 0
+    quantized = torch.quantize_per_tensor(x, 0.02, 64, torch.quint8).contiguous(memory_format=torch.channels_last)
+    return lambda: layer(quantized)
+
+
+def network_row(threads: int, n: int) -> Row:
+    """torchvision's ResNet-18, its ReLUs dropped by the plugin, first and last layer float; batch 1, 224 x 224."""
+    plain = torchvision.models.resnet18().eval()
+    binary = torchvision.models.resnet18().eval()
+    xnor_net().convert_module(binary)
+    packed = pack(binary).to(memory_format=torch.channels_last)
+    x = torch.randn(1, 3, 224, 224)
+    last, plain_last = x.contiguous(memory_format=torch.channels_last), torchvision.models.resnet18().eval()
+    plain_last.to(memory_format=torch.channels_last)
+    functions = {"packed": lambda: packed(last), "nchw": lambda: plain(x), "channels_last": lambda: plain_last(last)}
+    return best_float(f"ResNet-18 batch 1 threads {threads}", timed(functions, n), n, bar=6)
+
+
+def best_float(row: str, times: dict[str, float], n: int, bar: float) -> Row:
+    layout = min(("nchw", "channels_last"), key=lambda name: times[name])
+    return compare(row, f"oneDNN float32 ({layout})", times["packed"], times[layout], "ms", larger_is_better=False, bar=bar, n=n)
+
+
+def timed(functions: dict, n: int) -> dict[str, float]:
+    interleave({name: lambda f=f: seconds(f) for name, f in functions.items()}, 3)
+    return {name: 1e3 * t for name, t in medians(interleave({k: lambda f=f: seconds(f) for k, f in functions.items()}, n)).items()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    n, rows, start = (20 if arguments.quick else 100), [], time.perf_counter()
+    print(f"kernel: {'AVX2 table look-ups' if prefers_tables() else 'vector popcount'}")
+    with torch.inference_mode():
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for batch in BATCHES:
+                rows += [row for shape in SHAPES for row in layer_rows(*shape, batch, threads, n if batch == 1 else n // 5)]
+            rows.append(network_row(threads, n // 5))
+    report(rows, arguments.json)
+    print(f"{time.perf_counter() - start:.0f} s")

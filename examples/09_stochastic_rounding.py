@@ -1,0 +1,60 @@
+"""Sixteen bits train a network if they are rounded stochastically, and do not if they are rounded to the nearest (Gupta 2015).
+
+python examples/09_stochastic_rounding.py [--quick]; test accuracy on digits, 3 seeds, 2 cores of an AMD EPYC (Zen 3), torch 2.15.0:
+fixed point (SGD):         float32 97.0, <6,10> nearest 9.9 (chance), <6,10> stochastic 96.8.
+bfloat16 weights (AdamW):  float32 89.3, nearest 74.8, stochastic 89.3, stochastic with 8-bit moments 89.6.
+"""
+
+import sys
+
+import lightning as L
+import torch
+from torch import nn
+
+from lightning_cnn.data import Digits
+from lightning_cnn.precision import FixedPoint, StochasticRounding
+
+ROWS = {
+    ("SGD", "float32"): lambda: None,
+    ("SGD", "<6,10> nearest"): lambda: FixedPoint(integer_bits=6, fraction_bits=10, rounding="nearest"),
+    ("SGD", "<6,10> stochastic"): lambda: FixedPoint(integer_bits=6, fraction_bits=10),
+    ("AdamW", "float32"): lambda: None,
+    ("AdamW", "bfloat16 nearest"): lambda: StochasticRounding(rounding="nearest"),
+    ("AdamW", "bfloat16 stochastic"): StochasticRounding,
+    ("AdamW", "bfloat16 stochastic, 8-bit moments"): lambda: StochasticRounding(states="8bit"),
+}
+
+
+class Net(L.LightningModule):
+    def __init__(self, optimizer):
+        super().__init__()
+        self.optimizer, self.net = optimizer, nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10),
+        )  # fmt: skip
+
+    def training_step(self, batch, _):
+        return nn.functional.cross_entropy(self.net(batch[0] / 255), batch[1])
+
+    def test_step(self, batch, _):
+        self.log("accuracy", (self.net(batch[0] / 255).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        sgd = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+        decayed = [sgd], [torch.optim.lr_scheduler.ExponentialLR(sgd, 0.95)]
+        return torch.optim.AdamW(self.parameters(), 2e-4) if self.optimizer == "AdamW" else decayed
+
+
+def accuracy(optimizer, plugin, seed, epochs):
+    L.seed_everything(seed, verbose=False)
+    trainer = L.Trainer(max_epochs=epochs, plugins=plugin, logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    model, data = Net(optimizer), Digits(batch_size=100, seed=seed)
+    trainer.fit(model, datamodule=data)
+    return 100 * trainer.test(model, datamodule=data, verbose=False)[0]["accuracy"]
+
+
+if __name__ == "__main__":
+    seeds, epochs = (1, 2) if "--quick" in sys.argv else (3, 60)
+    for (optimizer, name), plugin in ROWS.items():
+        runs = [accuracy(optimizer, plugin(), seed, epochs) for seed in range(seeds)]
+        print(f"{optimizer:6} {name:36} {sum(runs) / len(runs):5.1f} %  {[round(run, 1) for run in runs]}", flush=True)

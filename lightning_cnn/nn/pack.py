@@ -1,0 +1,105 @@
+"""`pack(model)`: a trained 1-bit model as bit-packed inference."""
+
+import copy
+import logging
+import warnings
+from collections import Counter
+from typing import Any
+
+from torch import fx, nn
+
+from lightning_cnn.errors import NoEffectWarning
+from lightning_cnn.kernels.bits import Geometry
+from lightning_cnn.nn.low_bit import LowBitLinear
+from lightning_cnn.nn.packed import PackedConv2d, PackedLinear, geometry_of
+
+log = logging.getLogger(__name__)
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """A copy of `model` in eval mode whose 1-bit layers compute on packed bits, equal to the original bit for bit.
+
+    Save it with `safetensors.torch.save_file(packed.state_dict(), path)`; load into `pack` of an untrained model of the same shape.
+    Batch norms that follow a packed layer alone are folded; where a sign follows too, words go straight to the next packed layer.
+    What cannot be packed (groups, float inputs, other widths) stays as it is, and is logged.
+    """
+    packed = copy.deepcopy(model).eval()
+    layers = {name: geometry for name, module in packed.named_modules() if (geometry := geometry_of(module))}
+    if not layers:
+        warnings.warn("pack found no layer with 1-bit weights and 1-bit inputs that it can pack.", NoEffectWarning, stacklevel=2)
+    followers = _followers(packed, layers)
+    for name, geometry in layers.items():
+        norm, seen_through, to_words = followers.get(name, (None, [], False))
+        layer: Any = packed.get_submodule(name)
+        kind = PackedLinear if isinstance(layer, LowBitLinear) else PackedConv2d
+        _put(packed, name, kind(layer, geometry, packed.get_submodule(norm) if norm else None, to_words))
+        for gone in ([norm] if norm else []) + (seen_through if to_words else []):
+            _put(packed, gone, nn.Identity())
+    left = [name for name, module in packed.named_modules() if hasattr(module, "bits")]
+    log.info(
+        "pack: %d layers packed, %d norms folded, %d hand on words; left as they are: %s",
+        *(len(layers), sum(f[0] is not None for f in followers.values()), sum(f[2] for f in followers.values()), left or "none"),
+    )
+    return packed
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return hasattr(m, "bits") or super().is_leaf_module(m, module_qualified_name)
+
+
+def _followers(model: nn.Module, layers: dict[str, Geometry]) -> dict[str, tuple[str | None, list[str], bool]]:
+    """For each layer: the norm to fold, the modules between it and the next packed layers, and whether they can take words.
+
+    The model is only looked at, so its own forward stays. One that cannot be traced is packed layer by layer.
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:
+        log.info("pack: forward cannot be traced (%s); norms are not folded and every layer hands on floats", str(error).split("\n")[0])
+        return {}
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    found = {}
+    for node in graph.nodes:
+        if node.target in layers and calls[node.target] == 1:
+            found[node.target] = _follow(node, model, layers, calls)
+    # A layer may take words only where all its calls do: it is called once, or its callers agree, which one call a layer ensures.
+    return found
+
+
+def _follow(node: fx.Node, model: nn.Module, layers: dict[str, Geometry], calls: Counter) -> tuple[str | None, list[str], bool]:
+    norm, seen_through = None, []
+    kind = type(model.get_submodule(str(node.target)))
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if user.op != "call_module" or (calls[user.target] != 1 and not _is_identity(model, user)):
+            break
+        module = model.get_submodule(str(user.target))
+        if norm is None and not seen_through and isinstance(module, NORMS) and module.running_mean is not None:
+            norm = str(user.target)
+        elif _keeps_sign(module):
+            seen_through.append(str(user.target))
+        else:
+            break
+        node = user
+    users = [user for user in node.users if user.op == "call_module"]
+    words = bool(users) and len(users) == len(node.users)
+    words = words and all(user.target in layers and type(model.get_submodule(str(user.target))) is kind for user in users)
+    return norm, seen_through, words
+
+
+def _is_identity(model: nn.Module, node: fx.Node) -> bool:
+    return type(model.get_submodule(str(node.target))) is nn.Identity
+
+
+def _keeps_sign(module: nn.Module) -> bool:
+    if isinstance(module, nn.Hardtanh):
+        return module.min_val < 0 <= module.max_val
+    return isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d))

@@ -1,0 +1,173 @@
+"""1-bit layers with their weights packed 32 to 1.
+
+A packed layer takes floats or words (64 signs an int64) and gives floats or words; it equals its `LowBit` original bit for bit. Its
+sums are integers, so a batch norm and the sign after it are a threshold, found by evaluating that norm's own arithmetic on the sums.
+CPU alone.
+
+Source: Rastegari et al. 2016, XNOR-Net, arXiv:1603.05279; Umuroglu et al. 2017, FINN, arXiv:1612.07119 (thresholds).
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_cnn.errors import UnsupportedLayerError
+from lightning_cnn.kernels import xnor
+from lightning_cnn.kernels.bits import Bits, Floats, Geometry
+from lightning_cnn.kernels.bits import pack as pack_signs
+from lightning_cnn.nn.low_bit import LowBitConv2d, LowBitLinear
+
+
+@torch.library.custom_op("lightning_cnn::xnor_conv2d", mutates_args=(), device_types="cpu")
+def xnor_conv2d(
+    x: Tensor, panel: Tensor, affine: Tensor, threshold: Tensor, flip: Tensor, filters: int, geometry: list[int], to_words: bool
+) -> Tensor:
+    """Convolve signs: `x` floats (n, c, h, w) or words (n, h, w, c / 64); the result likewise, floats channels_last."""
+    layout = panel.numpy() if panel.dtype == torch.uint8 else panel.numpy().view(np.uint64)
+    finish = Bits(threshold.numpy(), flip.numpy()) if to_words else Floats(affine.numpy())
+    shape, threads = Geometry(*geometry), torch.get_num_threads()
+    out = xnor.convolve(_words(x, threads), layout, filters, shape, finish, threads)
+    return torch.from_numpy(out.view(np.int64)) if to_words else torch.from_numpy(out).permute(0, 3, 1, 2)
+
+
+@xnor_conv2d.register_fake
+def _(
+    x: Tensor, panel: Tensor, affine: Tensor, threshold: Tensor, flip: Tensor, filters: int, geometry: list[int], to_words: bool
+) -> Tensor:
+    height, width = x.shape[1:3] if x.dtype == torch.int64 else x.shape[2:]
+    size = Geometry(*geometry).output_size(height, width)  # pyright: ignore[reportArgumentType]
+    if to_words:
+        return x.new_empty((x.shape[0], *size, -(-filters // 64)), dtype=torch.int64)
+    return x.new_empty((x.shape[0], *size, filters), dtype=torch.float32).permute(0, 3, 1, 2)
+
+
+def _words(x: Tensor, threads: int) -> np.ndarray:
+    if x.dtype == torch.int64:
+        return x.contiguous().numpy().view(np.uint64)
+    x = x.detach().float()
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return pack_signs((x.permute(0, 2, 3, 1) if channels_last else x.contiguous()).numpy(), channels_last, threads)
+
+
+class _Packed(nn.Module):
+    """Weights as bits, and what turns an integer sum into the layer's output."""
+
+    weight_bits: Tensor
+    affine: Tensor
+    threshold: Tensor
+    flip: Tensor
+    panel: Tensor
+
+    def __init__(self, layer: LowBitConv2d | LowBitLinear, geometry: Geometry, norm: nn.Module | None, to_words: bool) -> None:
+        super().__init__()
+        self.geometry, self.filters, self.to_words, self.folded = geometry, len(layer.weight), to_words, norm is not None
+        negative = (layer.weight.detach().flatten(1) < 0).cpu().numpy()
+        affine = _affine(layer, norm)
+        threshold, flip = _threshold(affine, math.prod(geometry[:3]))
+        empty = torch.empty(0)
+        self.register_buffer("weight_bits", torch.from_numpy(np.packbits(negative, axis=1, bitorder="little")))
+        self.register_buffer("affine", empty if to_words else affine, persistent=not to_words)
+        self.register_buffer("threshold", threshold if to_words else empty.int(), persistent=to_words)
+        self.register_buffer("flip", flip if to_words else empty.bool(), persistent=to_words)
+        self.register_buffer("panel", empty, persistent=False)
+        self.register_load_state_dict_post_hook(_lay_out)
+        _lay_out(self)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """`xnor_conv2d` with this layer's buffers."""
+        return xnor_conv2d(x, self.panel, self.affine, self.threshold, self.flip, self.filters, list(self.geometry), self.to_words)  # pyright: ignore[reportReturnType]
+
+    def extra_repr(self) -> str:
+        shape = "x".join(map(str, self.geometry[:3]))
+        return f"{shape} -> {self.filters}, {'words' if self.to_words else 'floats'}{', norm folded' if self.folded else ''}"
+
+
+class PackedConv2d(_Packed):
+    """A `LowBitConv2d` with 1-bit weights and inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x)
+
+
+class PackedLinear(_Packed):
+    """A `LowBitLinear` with 1-bit weights and inputs: a convolution along the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.folded and x.dim() != 2:
+            raise UnsupportedLayerError(
+                f"A batch norm folded into PackedLinear needs inputs of 2 axes, got {tuple(x.shape)}: pack without it."
+            )
+        rows = x.reshape(1, 1, -1, x.shape[-1])
+        y = self.multiply(rows if x.dtype == torch.int64 else rows.permute(0, 3, 1, 2))
+        return (y if self.to_words else y.permute(0, 2, 3, 1)).reshape(*x.shape[:-1], -1)
+
+
+def geometry_of(layer: nn.Module) -> Geometry | None:
+    """The shape of a layer that can be packed, or None."""
+    bits = getattr(layer, "bits", None)
+    if bits is None or (bits.weights, bits.activations) != (1, 1):
+        return None
+    geometry = Geometry(layer.in_features, 1, 1) if isinstance(layer, LowBitLinear) else _convolution(layer)
+    return (
+        geometry if geometry and 4 * -(-geometry.channels // 4) * geometry.kernel_h * geometry.kernel_w <= xnor.MAX_PRODUCTS else None
+    )
+
+
+def _convolution(layer: Any) -> Geometry | None:
+    padding = layer.padding
+    if padding == "valid":
+        padding = (0, 0)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        padding = None if any(t % 2 for t in total) else tuple(t // 2 for t in total)
+    if layer.groups != 1 or layer.padding_mode != "zeros" or padding is None:
+        return None
+    return Geometry(layer.in_channels, *layer.kernel_size, *layer.stride, *padding, *layer.dilation)
+
+
+def _affine(layer: LowBitConv2d | LowBitLinear, norm: Any) -> Tensor:
+    """Scale and bias of the layer, gain and offset of the norm, (4, filters), rounded as PyTorch's own batch norm rounds them."""
+    filters = len(layer.weight)
+    scale = layer.quantized_weight()[1]
+    one, zero = torch.ones(filters), torch.zeros(filters)
+    rows = [one if scale is None else scale, zero if layer.bias is None else layer.bias, one, zero]
+    if norm is not None:
+        # numpy divides and takes roots to the last bit; the norm of zeros is its offset, however PyTorch rounds that.
+        inverse = 1 / np.sqrt(norm.running_var.cpu().numpy() + np.float32(norm.eps))
+        rows[2] = torch.from_numpy(inverse) * (one if norm.weight is None else norm.weight.cpu())
+        with torch.no_grad():
+            shape = (1, filters) if isinstance(norm, nn.BatchNorm1d) else (1, filters, 1, 1)
+            rows[3] = norm(torch.zeros(shape, device=norm.running_mean.device)).flatten()  # pyright: ignore[reportOptionalMemberAccess]
+    return torch.stack([row.detach().float().cpu() for row in rows]).contiguous()
+
+
+def _threshold(affine: Tensor, products: int) -> tuple[Tensor, Tensor]:
+    """`sign(affine(dot)) < 0` is `(dot < threshold) != flip` for every dot from -products to products.
+
+    Each rounding is monotone, so the sign changes at most once; bisection finds where, in the very arithmetic of the float model.
+    """
+
+    def below_zero(dot: Tensor) -> Tensor:
+        scaled = (dot.float() * affine[0] + affine[1]).double()  # a product of float32 is exact in float64, as inside an FMA
+        return (scaled * affine[2].double() + affine[3].double()).float() < 0
+
+    low = torch.full((affine.shape[1],), -products)
+    start, high = below_zero(low), low + 2 * products + 1
+    while (low + 1 < high).any():
+        middle = (low + high) // 2
+        same = below_zero(middle) == start
+        low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+    return high.int(), ~start
+
+
+def _lay_out(module: nn.Module, _: Any = None) -> None:
+    """Lay the weight bits out for the kernel of this processor; after loading, too."""
+    layer: Any = module
+    channels, *taps = layer.geometry[:3]
+    bits = np.unpackbits(layer.weight_bits.numpy(), axis=1, count=channels * math.prod(taps), bitorder="little")
+    panel = xnor.panels(bits.reshape(layer.filters, channels, *taps).astype(bool))
+    # A torch allocation is 64-byte aligned, as the kernel needs; a numpy array is not.
+    layer.panel = torch.from_numpy(panel if panel.dtype == np.uint8 else panel.view(np.int64)).clone()
