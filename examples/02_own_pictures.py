@@ -1,7 +1,9 @@
 """From a folder of your pictures to a classifier: a pretrained network, its head replaced, fine-tuned with the lecture's rates.
 
-Result: RESULT
-Command: python examples/02_own_pictures.py FOLDER --architecture squeezenet1_0 --weights FILE --size 96
+Result: accuracy 0.900 of 80 held-out stand-in digits, a small CNN from scratch (without a folder, as in the command below); one seed;
+2 cores of an AMD EPYC (Zen 3).
+Command: python examples/02_own_pictures.py
+Your pictures: python examples/02_own_pictures.py FOLDER --architecture squeezenet1_0 --weights FILE --size 96
 Twin: lightning-cnn train experiment=transfer data.root=FOLDER
 """
 
