@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,13 @@ class Job:
         """Whether the rank had trained to the end."""
         path = self.out / f"0-{rank}.json"
         return path.exists() and "weights" in json.loads(path.read_text())
+
+    def gone(self, within_s: float = 10) -> bool:
+        """Whether every process of the job has ended, after at most a while."""
+        deadline = time.monotonic() + within_s
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return not self.alive()
 
     def alive(self) -> list[int]:
         """Processes of the job that still run."""

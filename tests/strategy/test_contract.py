@@ -96,7 +96,7 @@ def test_a_killed_worker_is_named_within_ten_seconds(job, name):
     assert "rank 1 of 2 died" in facts["message"]
     assert facts["after_s"] < 10
     assert done.process.returncode not in (0, -signal.SIGKILL)
-    assert done.alive() == []
+    assert done.gone()
 
 
 @pytest.mark.parametrize("name", SURVIVES)
@@ -111,7 +111,7 @@ def test_a_killed_worker_is_survived_and_its_batch_comes_back(job, name):
     assert len(set(seen[: SAMPLES * EPOCHS])) == SAMPLES
     assert facts["report"]["lost"] == [1]
     assert facts["metrics"]["val_acc"] >= 0.9
-    assert done.alive() == []
+    assert done.gone()
 
 
 def test_a_killed_rank_zero_is_named_too(job):
@@ -122,11 +122,11 @@ def test_a_killed_rank_zero_is_named_too(job):
     deadline = time.monotonic() + 15
     while 1 not in {int(p.stem.split("-")[1]) for p in done.out.glob("0-*.json")} and time.monotonic() < deadline:
         time.sleep(0.05)
-    facts = done.wait()[0][1]
+    facts = done[0][1]
     assert facts["error"] == "DistributedError"
     assert "rank 0 of 2 died" in facts["message"]
     assert facts["after_s"] < 10
-    assert done.alive() == []
+    assert done.gone()
 
 
 @pytest.mark.soak
@@ -147,9 +147,7 @@ def test_a_hundred_kills_at_random_moments(launch, tmp_path, name):
         with contextlib.suppress(ProcessLookupError):
             os.kill(int((out / f"pid{victim}").read_text()), signal.SIGKILL)
         began, survivor = time.monotonic(), 1 - victim
-        while done.alive() and time.monotonic() < began + 40:
-            time.sleep(0.05)
-        assert done.alive() == [], f"kill {kill} of rank {victim} after {moment_s:.2f} s: {done.output}"
+        assert done.gone(within_s=40), f"kill {kill} of rank {victim} after {moment_s:.2f} s: {done.output}"
         if ended or (name in SURVIVES and victim):
             continue
         assert time.monotonic() - began < 15, f"kill {kill} of rank {victim} after {moment_s:.2f} s took too long: {done.output}"
