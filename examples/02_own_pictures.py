@@ -19,7 +19,7 @@ from lightning_cnn.model import Classifier
 
 def stand_in(folder):
     """Without a folder of yours: handwritten digits as PNG files, a folder a class."""
-    digits = Digits(shots=12)
+    digits = Digits(shots=40)
     digits.setup()
     for k, (image, label) in enumerate(digits.train):
         path = Path(folder, str(int(label)), f"{k}.png")
@@ -38,7 +38,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="small and short: to see that it runs")
     options = parser.parse_args()
     if options.root is None or options.quick:
-        options.architecture, options.size, options.epochs = "small_cnn", 32, 1 if options.quick else 30
+        options.architecture, options.size, options.epochs = "small_cnn", 32, 1 if options.quick else 15
     L.seed_everything(0, verbose=False)
     with tempfile.TemporaryDirectory() as folder:
         data = ImageFolders(root=options.root or stand_in(folder), size_px=options.size)
