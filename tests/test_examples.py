@@ -29,6 +29,7 @@ SMALL = {
         *SHORT,
     ],
     "digits": ["recipe.seeds=2", "recipe.epochs=1", "recipe.views=2", "recipe.pretraining_epochs=1"],
+    "swap_convolutions": ["data.size_px=16", "model.architecture=small_cnn", "callbacks.conv.cache=null", *SHORT],
     "transfer": ["data.root=FOLDER", "data.size_px=32", "model.architecture=small_cnn", "model.weights=null", *SHORT],
     "pack_once": ["data.train=PACKED", "data.val=PACKED", "model.architecture=small_cnn", *SHORT],
 }
