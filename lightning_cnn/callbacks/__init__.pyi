@@ -19,6 +19,7 @@ from .feature_cache import FeatureCache as FeatureCache
 from .frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm
 from .gradual_unfreezing import GradualUnfreezing as GradualUnfreezing
 from .l2_sp import L2SP as L2SP
+from .lr_range_test import LRRangeTest as LRRangeTest
 from .marginalize import Marginalize as Marginalize
 from .mixup import MixUp as MixUp
 from .model_soup import ModelSoup as ModelSoup

@@ -4,6 +4,7 @@ from .conv_report import conv_report as conv_report
 from .ladder import ladder as ladder
 from .layer_accuracy import layer_accuracy as layer_accuracy
 from .loss_curves import loss_curves as loss_curves
+from .lr_range import lr_range as lr_range
 from .neighbours import neighbours as neighbours
 from .picture_grid import picture_grid as picture_grid
 from .projection import projection as projection
