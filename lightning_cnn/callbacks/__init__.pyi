@@ -8,6 +8,7 @@ from ._views import MultiScale as MultiScale
 from ._views import TenCrop as TenCrop
 from ._weight_views import Ensemble as Ensemble
 from ._weight_views import MCBatchNorm as MCBatchNorm
+from .architecture_summary import ArchitectureSummary as ArchitectureSummary
 from .batch_augmentation import BatchAugmentation as BatchAugmentation
 from .batch_norm_reestimation import BatchNormReestimation as BatchNormReestimation
 from .cutmix import CutMix as CutMix

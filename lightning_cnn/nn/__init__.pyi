@@ -1,3 +1,7 @@
+from .architecture import Architecture as Architecture
+from .architecture import architecture as architecture
+from .architecture import effective_field as effective_field
+from .architecture import effective_size as effective_size
 from .batch_norm import reestimate_batch_norm as reestimate_batch_norm
 from .features import features as features
 from .features import pooled as pooled

@@ -1,3 +1,4 @@
+from .architecture_chart import architecture_chart as architecture_chart
 from .augmentation_grid import augmentation_grid as augmentation_grid
 from .confusion_matrix import confusion_matrix as confusion_matrix
 from .conv_report import conv_report as conv_report
