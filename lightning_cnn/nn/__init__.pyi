@@ -21,6 +21,7 @@ from .packed import PackedConv2d as PackedConv2d
 from .packed import PackedLinear as PackedLinear
 from .random_lens_distortion import RandomLensDistortion as RandomLensDistortion
 from .random_pca_lighting import RandomPCALighting as RandomPCALighting
+from .reparameterize import reparameterize as reparameterize
 from .stages import Stage as Stage
 from .stages import stages as stages
 from .surgery import bottleneck as bottleneck

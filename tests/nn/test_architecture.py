@@ -79,6 +79,20 @@ def test_multiply_adds_are_half_of_the_counted_flops(name):
     assert found.parameters == sum(p.numel() for p in model.parameters())
 
 
+def test_a_crop_moves_the_field():
+    class Crop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3)
+
+        def forward(self, x):
+            return self.conv(x[:, :, 3:-1, 1::2])
+
+    height, width = architecture(Crop(), torch.rand(1, 1, 16, 16))["conv"].seen
+    assert (height.low, height.high, height.stride) == (3, 5, 1)
+    assert (width.low, width.high, width.stride) == (1, 5, 2)
+
+
 def test_channel_shuffles_and_channels_last_blocks_keep_their_field():
     for name, layer in (("shufflenet_v2_x0_5", "conv5.0"), ("convnext_tiny", "features.1.0.block.3")):
         seen = architecture(get_model(name, weights=None), torch.rand(1, 3, 64, 64))[layer].seen
