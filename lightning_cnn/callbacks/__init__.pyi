@@ -22,6 +22,7 @@ from .l2_sp import L2SP as L2SP
 from .marginalize import Marginalize as Marginalize
 from .mixup import MixUp as MixUp
 from .model_soup import ModelSoup as ModelSoup
+from .network_noise import NetworkNoise as NetworkNoise
 from .snapshot_ensemble import SnapshotEnsemble as SnapshotEnsemble
 from .temperature_scaling import TemperatureScaling as TemperatureScaling
 from .transfer_recipe import TransferRecipe as TransferRecipe

@@ -29,6 +29,7 @@ from lightning_cnn.callbacks import (
     HorizontalFlip,
     Marginalize,
     MixUp,
+    NetworkNoise,
     SnapshotEnsemble,
 )
 from lightning_cnn.functional import counter
@@ -53,6 +54,7 @@ CASES = [
     Case("frozen_batch_norm", lambda: FrozenBatchNorm(layers="all"), off=FrozenBatchNorm),
     Case("gradual_unfreezing", GradualUnfreezing, off=lambda: GradualUnfreezing(unfrozen=9)),
     Case("l2_sp", lambda: L2SP(alpha=0.1), off=lambda: L2SP(alpha=0, beta=0)),
+    Case("network_noise", lambda: NetworkNoise(dropout=0.5, dropconnect={"net.3": 0.5}), off=NetworkNoise),
     Case("snapshot_ensemble", lambda: SnapshotEnsemble(cycles=2), plain_evaluation=False),
     Case("marginalize", lambda: Marginalize(views=[HorizontalFlip()]), off=lambda: Marginalize(), plain_evaluation=False),
 ]
