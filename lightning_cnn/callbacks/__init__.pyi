@@ -24,6 +24,9 @@ from .lr_range_test import LRRangeTest as LRRangeTest
 from .marginalize import Marginalize as Marginalize
 from .mixup import MixUp as MixUp
 from .model_soup import ModelSoup as ModelSoup
+from .network_noise import NetworkNoise as NetworkNoise
+from .progressive_resizing import ProgressiveResizing as ProgressiveResizing
+from .random_erasing import RandomErasing as RandomErasing
 from .snapshot_ensemble import SnapshotEnsemble as SnapshotEnsemble
 from .temperature_scaling import TemperatureScaling as TemperatureScaling
 from .transfer_recipe import TransferRecipe as TransferRecipe

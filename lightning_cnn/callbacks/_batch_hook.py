@@ -26,6 +26,10 @@ class Samples:
     index: Tensor
     moment: tuple[int | str, ...]
 
+    @property
+    def epoch(self) -> int:
+        return int(self.moment[1])
+
     def key(self, seed: int, stream: str) -> int:
         return counter.key(seed, stream, *self.moment)
 

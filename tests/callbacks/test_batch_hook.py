@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_cnn.callbacks import BatchAugmentation, NetworkNoise
 from lightning_cnn.callbacks._batch_hook import BatchTransform
 from lightning_cnn.errors import ConfigurationError
 from lightning_cnn.functional.batch import Batch, image_key, label_key, read, write
@@ -132,3 +133,53 @@ def test_a_batch_without_images_is_refused_by_name():
     with pytest.raises(ConfigurationError, match=r"images of a batch were not found; the batch is a dict with \['pixels'\]"):
         image_key({"pixels": torch.zeros(1)})
     assert label_key(Batch(torch.zeros(1), torch.zeros(1), torch.zeros(1))) == "label"
+
+
+SHARES = {0: [0, 1, 2, 3], 1: [6, 2, 5, 0]}  # the sample numbers of each process: 0 and 2 are met by both
+
+
+class SameEverywhere(LightningModule):
+    """Every sample is the same picture and the weights stand still: what differs is noise."""
+
+    def __init__(self, folder, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 4))
+        self.folder, self.kind, self.found = folder, kind, []
+
+    def train_dataloader(self):
+        index = torch.tensor(SHARES[self.global_rank])
+        image = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(5)).expand(4, 3, 8, 8)
+        return DataLoader([Batch(image, index % 4, index) if self.kind == "Batch" else (image, index % 4)], batch_size=None)
+
+    def training_step(self, batch, batch_idx):
+        image, _ = batch
+        logits = self.net(image)
+        self.found.append((image.clone(), logits.detach().clone()))
+        return 0 * logits.sum()
+
+    def on_train_end(self):
+        torch.save(self.found, self.folder / f"{self.global_rank}.pt")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("kind", ["Batch", "tuple"])
+def test_two_processes_give_equal_samples_equal_noise_and_others_their_own(kind, tmp_path):
+    """A batch that knows its samples is keyed by them; of another only the place in the global batch is known, and no two share it."""
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    callbacks = [BatchAugmentation(augment=["affine", "jitter"]), NetworkNoise(dropout=0.5)]
+    strategy = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}
+    Trainer(accelerator="cpu", max_epochs=2, callbacks=callbacks, **strategy, **quiet).fit(SameEverywhere(tmp_path, kind))
+    seen = {}
+    for rank, share in SHARES.items():
+        for epoch, fields in enumerate(torch.load(tmp_path / f"{rank}.pt")):
+            for place, sample in enumerate(share):
+                who = sample if kind == "Batch" else (rank, place)
+                seen.setdefault((epoch, who), []).append(torch.cat([field[place].flatten() for field in fields]))
+    assert len(seen) == (12 if kind == "Batch" else 16)
+    assert all(torch.allclose(looks[0], again, rtol=1e-5, atol=1e-6) for looks in seen.values() for again in looks)
+    looks = torch.stack([looks[0] for looks in seen.values()])
+    for part in (looks[:, :-4], looks[:, -4:]):  # the picture, and what the network with its noise made of it
+        assert len(part.unique(dim=0)) == len(seen), "no two samples, and no two epochs of one, look alike"

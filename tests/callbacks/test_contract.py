@@ -30,6 +30,9 @@ from lightning_cnn.callbacks import (
     HorizontalFlip,
     Marginalize,
     MixUp,
+    NetworkNoise,
+    ProgressiveResizing,
+    RandomErasing,
     SnapshotEnsemble,
 )
 from lightning_cnn.functional import counter
@@ -55,6 +58,9 @@ CASES = [
     Case("frozen_batch_norm", lambda: FrozenBatchNorm(layers="all"), off=FrozenBatchNorm),
     Case("gradual_unfreezing", GradualUnfreezing, off=lambda: GradualUnfreezing(unfrozen=9)),
     Case("l2_sp", lambda: L2SP(alpha=0.1), off=lambda: L2SP(alpha=0, beta=0)),
+    Case("network_noise", lambda: NetworkNoise(dropout=0.5, dropconnect={"net.3": 0.5}), off=NetworkNoise),
+    Case("progressive_resizing", lambda: ProgressiveResizing(full_from=0.5, multiple_px=6), off=lambda: ProgressiveResizing(start=1.0)),
+    Case("random_erasing", lambda: RandomErasing(p=1.0), off=lambda: RandomErasing(p=0.0)),
     Case("snapshot_ensemble", lambda: SnapshotEnsemble(cycles=2), plain_evaluation=False),
     Case("marginalize", lambda: Marginalize(views=[HorizontalFlip()]), off=lambda: Marginalize(), plain_evaluation=False),
     Case("architecture_summary", lambda: ArchitectureSummary(), off=lambda: ArchitectureSummary(), trains_differently=False),
