@@ -133,11 +133,14 @@ def folder_task(args):
 
 
 def split(net, classes):
-    """(backbone, head): features up to pooling, and a new linear layer on their mean and maximum."""
+    """(backbone, head): features up to pooling, and a new linear layer on their standardised mean and maximum.
+
+    SqueezeNet's pooled features reach 1,000; without standardising them finetuning fell to .64 where a probe reaches .84.
+    """
     body = net.features if hasattr(net, "features") else nn.Sequential(*list(net.children())[:-2])
     with torch.no_grad():
         width = body.eval()(torch.zeros(1, 3, 64, 64)).shape[1]
-    return body.train(), nn.Sequential(Pool(), nn.Dropout(0.5), nn.Linear(2 * width, classes))
+    return body.train(), nn.Sequential(Pool(), nn.BatchNorm1d(2 * width, affine=False), nn.Dropout(0.5), nn.Linear(2 * width, classes))
 
 
 class Pool(nn.Module):
@@ -165,7 +168,7 @@ def digits_task(args):
         net = body()
         if pretrained:
             net.load_state_dict(trained)
-        return net, nn.Sequential(Pool(), nn.Dropout(0.5), nn.Linear(128, 5))
+        return net, nn.Sequential(Pool(), nn.BatchNorm1d(128, affine=False), nn.Dropout(0.5), nn.Linear(128, 5))
 
     return (target[0][300:], target[1][300:]), (target[0][:300], target[1][:300]), network
 
@@ -196,15 +199,25 @@ def cache_rows(args):
         return time.perf_counter() - start, module.state_dict()
 
     run(1, FeatureCache())
+    plain, theirs = run(10)
     rows = []
     for epochs, bar in ((10, 9.0), (50, 40.0)):
         cached, ours = run(epochs, FeatureCache())
-        part = epochs if epochs == 10 or args.quick else 10  # the plain run is linear in epochs
-        plain, theirs = run(part)
-        same = all(torch.equal(ours[name], theirs[name]) for name in ours) if part == epochs else None
-        print(f"{epochs} epochs: plain {plain * epochs / part:.1f} s, cached {cached:.1f} s, weights bit-identical: {same}", flush=True)
-        rows.append(compare(f"cache_{epochs}_epochs", "same Trainer, frozen resnet18", cached, plain * epochs / part, "s",
-                            larger_is_better=False, bar=bar, n=1))  # fmt: skip
+        same = all(torch.equal(ours[name], theirs[name]) for name in ours) if epochs == 10 else "not compared"
+        # The plain run is linear in epochs: 50 are taken as five times ten.
+        print(f"{epochs} epochs: plain {plain * epochs / 10:.1f} s, cached {cached:.2f} s, bit-identical weights: {same}", flush=True)
+        rows.append(
+            compare(
+                f"cache_{epochs}_epochs",
+                "same Trainer, frozen resnet18",
+                cached,
+                plain * epochs / 10,
+                "s",
+                larger_is_better=False,
+                bar=bar,
+                n=1,
+            )
+        )
     return rows
 
 
@@ -237,7 +250,7 @@ def layers(body):
 
 def recipe_rows(args, train, val, network):
     """Seconds to a fixed accuracy and accuracy at the end, each method over the seeds."""
-    epochs, every, top = (3, 1, 2) if args.quick else (args.epochs, args.epochs // 4 or 1, 2)
+    epochs, every, top = (3, 1, 2) if args.quick else (args.epochs, args.every or args.epochs // 4 or 1, 2)
     settings = {"epochs": epochs, "every": every}
     flips, still = Pictures(*train, flip=True), Pictures(*train)
     methods = {
@@ -258,7 +271,7 @@ def recipe_rows(args, train, val, network):
     for name, method in methods.items():
         if name in args.skip:
             continue
-        runs = [method(seed) for seed in range(args.seeds)]
+        runs = [method(seed) for seed in range(args.first_seed, args.first_seed + args.seeds)]
         ends = [run.seen[-1] for run in runs]
         results[name] = runs
         print(
@@ -292,7 +305,7 @@ def shot_rows(args, train, val, network):
             continue
         epochs = max(4, min(40, 1200 // k)) if not args.quick else 2
         gains, spent = {"probe": [], "finetuned": []}, {"probe": [], "finetuned": [], "scratch": []}
-        for seed in range(args.seeds):
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
             chosen = shots(train[1], k, seed)
             some = train[0][chosen], train[1][chosen]
             start = time.perf_counter()
@@ -336,6 +349,8 @@ def main():
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--target", type=float, default=0.8)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--every", type=int, help="epochs between looks at the validation set, outside of the clock")
     parser.add_argument("--folder", help="keep features there: only the first seed pays for them")
     parser.add_argument("--only", nargs="*", default=["cache", "probe", "recipes", "shots"])
     parser.add_argument("--skip", nargs="*", default=[])

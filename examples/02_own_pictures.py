@@ -1,7 +1,9 @@
 """From a folder of your pictures to a classifier: a pretrained network, its head replaced, fine-tuned with the lecture's rates.
 
-Result: RESULT
-Command: python examples/02_own_pictures.py FOLDER --architecture squeezenet1_0 --weights FILE --size 96
+Result: accuracy 0.900 of 80 held-out stand-in digits, a small CNN from scratch (without a folder, as in the command below); one seed;
+2 cores of an AMD EPYC (Zen 3).
+Command: python examples/02_own_pictures.py
+Your pictures: python examples/02_own_pictures.py FOLDER --architecture squeezenet1_0 --weights FILE --size 96
 Twin: lightning-cnn train experiment=transfer data.root=FOLDER
 """
 
@@ -19,7 +21,7 @@ from lightning_cnn.model import Classifier
 
 def stand_in(folder):
     """Without a folder of yours: handwritten digits as PNG files, a folder a class."""
-    digits = Digits(shots=12)
+    digits = Digits(shots=40)
     digits.setup()
     for k, (image, label) in enumerate(digits.train):
         path = Path(folder, str(int(label)), f"{k}.png")
@@ -38,7 +40,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="small and short: to see that it runs")
     options = parser.parse_args()
     if options.root is None or options.quick:
-        options.architecture, options.size, options.epochs = "small_cnn", 32, 1 if options.quick else 30
+        options.architecture, options.size, options.epochs = "small_cnn", 32, 1 if options.quick else 15
     L.seed_everything(0, verbose=False)
     with tempfile.TemporaryDirectory() as folder:
         data = ImageFolders(root=options.root or stand_in(folder), size_px=options.size)

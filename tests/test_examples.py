@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_cnn.app.main import main
+from lightning_cnn.data import pack
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -28,7 +29,9 @@ SMALL = {
         *SHORT,
     ],
     "digits": ["recipe.seeds=2", "recipe.epochs=1", "recipe.views=2", "recipe.pretraining_epochs=1"],
+    "swap_convolutions": ["data.size_px=16", "model.architecture=small_cnn", "callbacks.conv.cache=null", *SHORT],
     "transfer": ["data.root=FOLDER", "data.size_px=32", "model.architecture=small_cnn", "model.weights=null", *SHORT],
+    "pack_once": ["data.train=PACKED", "data.val=PACKED", "model.architecture=small_cnn", *SHORT],
 }
 ALONE = ("devices=", "num_nodes", "spawn")  # starts processes of its own: not from inside pytest
 
@@ -57,6 +60,8 @@ def test_a_recipe_is_short_and_says_what_it_measured(path):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_runs_at_a_small_size(name, tmp_path, monkeypatch, pictures):
     monkeypatch.chdir(tmp_path)
-    words = [word.replace("FOLDER", str(pictures)) for word in SMALL.get(name, SHORT)]
+    words = [word.replace("FOLDER", str(pictures)).replace("PACKED", str(tmp_path / "x.pack")) for word in SMALL.get(name, SHORT)]
+    if name == "pack_once":
+        pack(pictures, tmp_path / "x.pack", size=32, workers=0, progress=False)
     assert main(["train", f"experiment={name}", "trainer.accelerator=cpu", *words]) == 0
     assert list(tmp_path.glob("outputs/train/*/report.md"))

@@ -8,6 +8,7 @@ from ._views import MultiScale as MultiScale
 from ._views import TenCrop as TenCrop
 from ._weight_views import Ensemble as Ensemble
 from ._weight_views import MCBatchNorm as MCBatchNorm
+from .architecture_summary import ArchitectureSummary as ArchitectureSummary
 from .batch_augmentation import BatchAugmentation as BatchAugmentation
 from .batch_norm_reestimation import BatchNormReestimation as BatchNormReestimation
 from .cutmix import CutMix as CutMix
@@ -19,6 +20,7 @@ from .feature_cache import FeatureCache as FeatureCache
 from .frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm
 from .gradual_unfreezing import GradualUnfreezing as GradualUnfreezing
 from .l2_sp import L2SP as L2SP
+from .lr_range_test import LRRangeTest as LRRangeTest
 from .marginalize import Marginalize as Marginalize
 from .mixup import MixUp as MixUp
 from .model_soup import ModelSoup as ModelSoup

@@ -74,7 +74,8 @@ class DecafReport(Callback):
         top, names = layers[-1], _names(pl_module, data, train_labels)
         folder = Path(self.folder or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        plot.layer_accuracy(layers, curves, chance=1 / len(names)).savefig(folder / "layer_accuracy.png")
+        titled = {name if name == "all" else f"{name} a class": curve for name, curve in curves.items()}
+        plot.layer_accuracy(layers, titled, chance=1 / len(names)).savefig(folder / "layer_accuracy.png")
         _neighbours(train[top], train_labels, train_thumbs, test[top], test_labels, test_thumbs).savefig(folder / "neighbours.png")
         _projection(test[top], test_labels, names, top, self.seed).savefig(folder / "projection.png")
         (folder / "decaf.md").write_text(table := self._table(len(train_labels), len(test_labels)))

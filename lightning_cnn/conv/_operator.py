@@ -81,7 +81,7 @@ def _derivative(ctx, gradient: Tensor):
     return None, ga, gb, gbias, *[None] * 7
 
 
-convolve.register_autograd(_derivative, setup_context=_setup)
+convolve.register_autograd(_derivative, setup_context=_setup)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @register_flop_formula(torch.ops.lightning_cnn.convolve)

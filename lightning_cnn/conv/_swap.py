@@ -134,7 +134,7 @@ def restore(model: nn.Module) -> nn.Module:
         if type(layer) is SwappedConv2d:
             for attribute in ("_plan", "_stock", "_calls"):
                 layer.__dict__.pop(attribute, None)
-            layer.__class__ = nn.Conv2d
+            layer.__class__ = nn.Conv2d  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 
@@ -162,7 +162,7 @@ def _swap_layer(layer: nn.Module, plan: str) -> None:
 def _plain(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    if torch.jit.is_tracing() or torch._C._functorch.maybe_get_level(tensors[0]) not in (-1, None):
+    if torch._C._get_tracing_state() is not None or torch._C._functorch.is_functorch_wrapped_tensor(tensors[0]):  # pyright: ignore
         return False
     return all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type in ("cpu", "cuda") for tensor in tensors)
 

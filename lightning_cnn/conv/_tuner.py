@@ -151,7 +151,7 @@ class Tuner:
         if others and not runner_up:
             best = max(others, key=lambda name: others[name])
             runner_up = f"the next best, {best}, runs at {others[best]:.2f}x"
-        reason = runner_up or "; ".join(f"{name} {why}" for name, why in refused.items())
+        reason = runner_up or (f"no other came within {HOPELESS}x" if len(candidates) > 1 else _sentence(refused))
         return Decision("default", default, default, None, 0, reason)
 
     def _revised(self, call: Call, decision: Decision) -> Decision:
@@ -172,7 +172,7 @@ class Tuner:
         for turn in range(ROUNDS if len(names) > 1 else 1):
             for name in times:
                 times[name].append(self._timed(call, name, operands, evict))
-            if turn == 1:
+            if turn == 1 and len(names) > 2:
                 best = min(min(values) for values in times.values())
                 times = {name: values for name, values in times.items() if name == "default" or min(values) <= HOPELESS * best}
                 if len(times) == 1:
@@ -190,6 +190,10 @@ class Tuner:
         if call.device == "cuda":
             torch.cuda.synchronize()
         return clock() - start
+
+
+def _sentence(refused: dict[str, str]) -> str:
+    return "; ".join(f"{name} {why}" for name, why in refused.items()) or "so measured in an earlier run"
 
 
 def example(call: Call) -> tuple[Tensor, Tensor, None]:

@@ -32,8 +32,7 @@ class Augment:
 
     `crop`: `resized` is RandomResizedCrop (`area`, `ratio`), `padded` a random crop of the picture with `padding` black pixels around,
     `center` a central square of `central` times the shorter side, scaled to `size`. `flip` is a probability. Floats are
-    `(value / 255 - mean) / std`; uint8 is
-    delivered as it is, rounded.
+    `(value / 255 - mean) / std`; uint8 is delivered as it is, rounded.
     """
 
     size: int

@@ -63,6 +63,10 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._files)
 
+    @property
+    def labels(self) -> list[int]:
+        return [label for _, label in self._files]
+
     def name(self, index: int) -> str:
         return str(self._files[index][0])
 

@@ -12,12 +12,13 @@ import torch
 
 from lightning_cnn.data._images import PackedImages, Verify
 from lightning_cnn.data._lanes import Augment, Crop, FusedLane, GatherLane, PackedLoader
+from lightning_cnn.data._loader import CountedLoader
 from lightning_cnn.data._order import Draw, Order, balanced, shuffled, weighted, within
 from lightning_cnn.errors import ConfigurationError, DataError, raise_all
 
 log = logging.getLogger(__name__)
 LANES, CROPS, DTYPES, ORDERS = (
-    ("auto", "gather", "fused"),
+    ("auto", "gather", "fused", "dali"),
     ("resized", "padded", "center"),
     ("float32", "uint8"),
     ("shuffled", "balanced"),
@@ -29,8 +30,9 @@ class PackedDataModule(L.LightningDataModule):
     """Batches from packed files (`pack`), resumable inside an epoch to the bit.
 
     `lane`: `gather` delivers whole stored pictures as uint8, for an accelerator that augments them; `fused` crops, scales, flips and
-    converts on the CPU; `auto` is `gather` where there is an accelerator. Both have one order and, for one sample of one epoch, one
-    noise. Pictures are channels_last: floats in [0, 1], or normalised where `mean` and `std` are given.
+    converts on the CPU; `dali` does the work of `fused` in a DALI pipeline, on the GPU where there is one; `auto` is `gather` where
+    there is an accelerator, else `fused`. All have one order and, for one sample of one epoch, one noise. Pictures are channels_last:
+    floats in [0, 1], or normalised where `mean` and `std` are given.
 
     Args:
         train, val, test, predict: a packed file, a list of shards or a pattern; test falls back to val, predict to test.
@@ -48,7 +50,7 @@ class PackedDataModule(L.LightningDataModule):
         test: Paths = None,
         predict: Paths = None,
         batch_size: int = 128,
-        lane: Literal["auto", "gather", "fused"] = "auto",
+        lane: Literal["auto", "gather", "fused", "dali"] = "auto",
         size: int | None = None,
         crop: Crop = "resized",
         area: Sequence[float] = (0.08, 1.0),
@@ -74,7 +76,8 @@ class PackedDataModule(L.LightningDataModule):
         self.area, self.ratio, self.padding, self.flip, self.central = tuple(area), tuple(ratio), padding, flip, central
         self.mean, self.std, self.dtype = tuple(mean), tuple(std), dtype
         self.order, self.weights, self.subset, self.drop_last = order, weights, subset, drop_last
-        self.threads, self.ahead, self.verify, self.seed = threads, ahead, verify, seed
+        self.threads, self.ahead, self.seed = threads, ahead, seed
+        self.verify: Verify = verify
         self._images: dict[str, PackedImages] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -95,19 +98,19 @@ class PackedDataModule(L.LightningDataModule):
             raise ConfigurationError("Name a packed file: train=, val=, test= or predict=.")
         return images.classes or [str(label) for label in range(int(images.labels.max()) + 1)]
 
-    def train_dataloader(self) -> PackedLoader:
-        return self.loader("train", shuffle=not (self.trainer and self.trainer.overfit_batches))
+    def train_dataloader(self) -> CountedLoader:
+        return self.loader("train", shuffle=not (getattr(self.trainer, "overfit_batches", 0)))
 
-    def val_dataloader(self) -> PackedLoader | list[Any]:
+    def val_dataloader(self) -> CountedLoader | list[Any]:
         return self.loader("val") if self.paths["val"] else []
 
-    def test_dataloader(self) -> PackedLoader:
+    def test_dataloader(self) -> CountedLoader:
         return self.loader("test")
 
-    def predict_dataloader(self) -> PackedLoader:
+    def predict_dataloader(self) -> CountedLoader:
         return self.loader("predict")
 
-    def loader(self, split: str, shuffle: bool = False) -> PackedLoader:
+    def loader(self, split: str, shuffle: bool = False) -> CountedLoader:
         """The loader of one split, for use without a Trainer too. Evaluation delivers every sample, in the file's order."""
         images = self._open(split)
         if images is None:
@@ -117,9 +120,17 @@ class PackedDataModule(L.LightningDataModule):
         draw = self._draw(images, subset) if training and shuffle else None
         chosen = within(subset, draw, len(images))
         order = Order(len(subset), self.batch_size, self.seed, self.drop_last and training, chosen, *self._place())
-        lane = GatherLane(images) if self._lane_name() == "gather" else FusedLane(images, self._augment(images, training), self.seed)
-        threads = self.threads or len(os.sched_getaffinity(0))
+        threads, augment = self.threads or len(os.sched_getaffinity(0)), self._augment(images, training)
+        if self._lane_name() == "dali":
+            return self._dali(images, augment, order, threads)
+        lane = GatherLane(images) if self._lane_name() == "gather" else FusedLane(images, augment, self.seed)
         return PackedLoader(lane, images.labels, order, threads=threads, ahead=self.ahead, pinned=self._accelerated())
+
+    def _dali(self, images: PackedImages, augment: Augment, order: Order, threads: int) -> CountedLoader:
+        from lightning_cnn.data._dali import DALILoader, PackedStored, device_id
+
+        device = device_id(self.trainer)
+        return DALILoader(PackedStored(images), augment, order, seed=self.seed, threads=threads, ahead=self.ahead, device_id=device)
 
     def _open(self, split: str) -> PackedImages | None:
         path = self.paths[split]
@@ -179,7 +190,7 @@ class PackedDataModule(L.LightningDataModule):
         problems, lane = [], self._lane_name()
         if lane == "gather" and self.size not in (None, *(images.shape or ())):
             problems.append(f"{split}: lane='gather' delivers the stored {images.shape}; size={self.size} needs lane='fused'.")
-        if lane == "fused" and self.size is None and images.shape is None:
+        if lane != "gather" and self.size is None and images.shape is None:
             problems.append(f"{split}: the samples differ in size; say which size= to deliver.")
         if split == "train":
             problems += self._training_problems(images)
@@ -189,7 +200,7 @@ class PackedDataModule(L.LightningDataModule):
         smallest = (
             min(images.shape) if images.shape else min(int(min(f.index["height"].min(), f.index["width"].min())) for f in images.files)
         )
-        if self._lane_name() == "fused" and self.crop == "padded" and (self.size or smallest) > smallest + 2 * self.padding:
+        if self._lane_name() != "gather" and self.crop == "padded" and (self.size or smallest) > smallest + 2 * self.padding:
             yield f"train: crop='padded' cannot cut {self.size} pixels from {smallest} and a padding of {self.padding}."
         if self.subset is not None and (not len(self.subset) or min(self.subset) < 0 or max(self.subset) >= len(images)):
             yield f"train: subset must name samples from 0 to {len(images) - 1}."

@@ -8,15 +8,17 @@ Source: Goto & van de Geijn 2008, "Anatomy of high-performance matrix multiplica
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as numba_intrinsic
 
 ROWS, COLUMNS, LANES = 6, 16, 8
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 _INDEX = ir.IntType(64)
+intrinsic = cast(Callable[[Callable], Callable[..., Any]], numba_intrinsic)  # called without the typing context
 
 
 @intrinsic

@@ -6,14 +6,15 @@ so the preference is set before a parallel kernel runs for the first time. `NUMB
 
 import numba
 import torch
+from numba.core import config
 
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # pyright: ignore[reportAttributeAccessIssue]
+config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def use(threads: int) -> int:
     """Let the kernels called next from this thread run on `threads` threads; returns how many they get."""
     of_torch = torch.get_num_threads()
-    available = min(threads, numba.config.NUMBA_NUM_THREADS)  # pyright: ignore[reportAttributeAccessIssue]
+    available = min(threads, config.NUMBA_NUM_THREADS)  # pyright: ignore[reportAttributeAccessIssue]
     numba.set_num_threads(available)
     if torch.get_num_threads() != of_torch:  # Numba's first start resizes the pool that they share
         torch.set_num_threads(of_torch)

@@ -1,4 +1,12 @@
+from .architecture import Architecture as Architecture
+from .architecture import architecture as architecture
+from .architecture import effective_field as effective_field
+from .architecture import effective_size as effective_size
 from .batch_norm import reestimate_batch_norm as reestimate_batch_norm
+from .blocks import Bottleneck as Bottleneck
+from .blocks import FactorizedConv as FactorizedConv
+from .blocks import SeparableConv as SeparableConv
+from .blocks import SmallFilterStack as SmallFilterStack
 from .features import features as features
 from .features import pooled as pooled
 from .fused_augmentation import FusedAugmentation as FusedAugmentation
@@ -13,6 +21,11 @@ from .packed import PackedConv2d as PackedConv2d
 from .packed import PackedLinear as PackedLinear
 from .random_lens_distortion import RandomLensDistortion as RandomLensDistortion
 from .random_pca_lighting import RandomPCALighting as RandomPCALighting
+from .reparameterize import reparameterize as reparameterize
 from .stages import Stage as Stage
 from .stages import stages as stages
+from .surgery import bottleneck as bottleneck
+from .surgery import depthwise_separable as depthwise_separable
+from .surgery import factorize as factorize
+from .surgery import stack_small_filters as stack_small_filters
 from .trivial_augment import TrivialAugment as TrivialAugment

@@ -136,9 +136,11 @@ class FusedAugmentation(Warped):
         terms = warp.position_terms(self.affine_of(params), size_out, self.lens_of(params))
         terms = torch.cat([terms[:, :, :1] + terms.new_tensor([[(size_in[1] - 1) / 2], [(size_in[0] - 1) / 2]]), terms[:, :, 1:]], -1)
         colours = self.colour_of(params) if self.colours else (torch.zeros(len(image), 3, 3), *torch.zeros(2, len(image), 3))
-        pixels, positions, *parts = (array.float().contiguous().numpy() for array in (image, terms, *colours))
+        arrays = [array.float().contiguous().numpy() for array in (image, terms)]
         does = (self.bends, flags["fill"] == "border", self.moves, self.colours)
-        return torch.from_numpy(warp_colour(pixels, positions, *does, *parts, size_out, torch.get_num_threads()))
+        parts = [array.float().contiguous().numpy() for array in colours]
+        arguments = (*arrays, *does, *parts, size_out, torch.get_num_threads())
+        return torch.from_numpy(warp_colour(*arguments))
 
     def affine_of(self, params: Params) -> Tensor:
         knob, (size_in, out) = self.knobs, self._sizes(params)

@@ -1,9 +1,11 @@
+from .architecture_chart import architecture_chart as architecture_chart
 from .augmentation_grid import augmentation_grid as augmentation_grid
 from .confusion_matrix import confusion_matrix as confusion_matrix
 from .conv_report import conv_report as conv_report
 from .ladder import ladder as ladder
 from .layer_accuracy import layer_accuracy as layer_accuracy
 from .loss_curves import loss_curves as loss_curves
+from .lr_range import lr_range as lr_range
 from .neighbours import neighbours as neighbours
 from .picture_grid import picture_grid as picture_grid
 from .projection import projection as projection

@@ -19,7 +19,8 @@ def projection(points: np.ndarray, labels: np.ndarray, names: Sequence[str], *, 
             continue
         colour = COLOURS[label % len(COLOURS)]
         axes.scatter(*mine.T, s=10, color=colour, marker=MARKS[label // len(COLOURS) % len(MARKS)], alpha=0.7, lw=0)
-        text = axes.text(*np.median(mine, 0), name, fontsize=10, weight="bold", ha="center", va="center", color="black")
+        x, y = np.median(mine, 0)
+        text = axes.text(x, y, name, fontsize=10, weight="bold", ha="center", va="center", color="black")
         text.set_bbox({"facecolor": "white", "alpha": 0.75, "pad": 1.5, "edgecolor": colour})
     axes.set_xticks([])
     axes.set_yticks([])

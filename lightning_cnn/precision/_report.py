@@ -50,7 +50,7 @@ def report(model: nn.Module, formats: Mapping[str, str | tuple[int, int]] | None
     """
     lines = Report()
     for name, layer in model.named_modules():
-        tensors = [*layer.parameters(recurse=False)] or [
+        tensors: list[Tensor] = [*layer.parameters(recurse=False)] or [
             b for b in layer.buffers(recurse=False) if b.dtype in (torch.int64, torch.uint8)
         ]
         if tensors:

@@ -146,7 +146,7 @@ class FixedPoint(Precision):
 
     def _report_overflow(self, model: LightningModule) -> None:
         trainer = model.trainer
-        if self._step % trainer.log_every_n_steps and not trainer.is_last_batch:
+        if self._step % vars(trainer)["log_every_n_steps"] and not trainer.is_last_batch:
             return
         shares = {f"overflow/{name}": (outside / total).item() for name, (outside, total) in self.overflow.items() if total}
         self.overflow.clear()

@@ -20,6 +20,7 @@ from torch import nn
 from lightning_cnn.callbacks import (
     EMA,
     L2SP,
+    ArchitectureSummary,
     BatchAugmentation,
     BatchNormReestimation,
     CutMix,
@@ -44,6 +45,7 @@ class Case:
     make: Callable[[], Callback]  # as small as still has an effect on the tiny model below
     off: Callable[[], Callback] | None = None  # arguments under which it must do nothing; None where absence is the only way
     plain_evaluation: bool = True  # False where validating, testing or predicting differently is the callback's purpose
+    trains_differently: bool = True  # False where the callback only looks
 
 
 CASES = [
@@ -61,6 +63,7 @@ CASES = [
     Case("random_erasing", lambda: RandomErasing(p=1.0), off=lambda: RandomErasing(p=0.0)),
     Case("snapshot_ensemble", lambda: SnapshotEnsemble(cycles=2), plain_evaluation=False),
     Case("marginalize", lambda: Marginalize(views=[HorizontalFlip()]), off=lambda: Marginalize(), plain_evaluation=False),
+    Case("architecture_summary", lambda: ArchitectureSummary(), off=lambda: ArchitectureSummary(), trains_differently=False),
 ]
 
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -201,7 +204,7 @@ def test_off_is_absent_to_the_last_bit(case):
     assert all(torch.equal(a[1], b[1]) for a, b in zip(without.seen, off.seen, strict=True))
 
 
-@every
+@pytest.mark.parametrize("case", [case for case in CASES if case.trains_differently], ids=lambda case: case.name)
 def test_it_has_an_effect(case):
     without, _ = fitted()
     on, _ = fitted(case.make())

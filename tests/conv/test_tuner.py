@@ -56,6 +56,20 @@ def test_candidates_take_turns_and_the_hopeless_drop_out(monkeypatch):
     assert clock.runs.count("winograd4") == 3 < clock.runs.count("fft")
 
 
+def test_a_win_on_a_cold_cache_must_not_lose_on_a_warm_one(monkeypatch):
+    clock = Clock(monkeypatch, default=100, fft=50)
+    one = tuner(clock)
+    race = one._race
+
+    def warm_is_slow(call, names, evict=True):
+        clock.ms["fft"] = 50 if evict else 120
+        return race(call, names, evict)
+
+    monkeypatch.setattr(one, "_race", warm_is_slow)
+    assert one.choose(CALL) == "default"
+    assert "2.00x faster on a cold cache but 0.83x on a warm one" in one.decisions[CALL].reason
+
+
 def test_the_error_budget_is_kept(monkeypatch):
     strict = tuner(Clock(monkeypatch, default=100, winograd4=10), max_error=1e-9)
     assert strict.choose(CALL) == "default"
@@ -83,11 +97,11 @@ def test_a_choice_that_turns_out_slower_is_reverted(monkeypatch):
     one = tuner(clock)
     one.choose(CALL)
     assert one.recheck() == []
-    clock.ms["fft"], before = 130, one.generation
+    clock.ms["fft"], before = 200, one.generation
     assert one.recheck() == [CALL]
     assert one.choose(CALL) == "default"
     assert one.generation > before
-    assert "reverted: fft was measured again at 0.77x" in one.decisions[CALL].reason
+    assert "reverted: fft was measured again at 0.50x" in one.decisions[CALL].reason
 
 
 def test_a_new_process_remembers_but_confirms(monkeypatch, tmp_path):

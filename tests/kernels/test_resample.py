@@ -38,7 +38,7 @@ def torch_resized(picture, box, size, dtype=torch.float32):
 def bound(box, size):
     """An output pixel is a mean of values up to 255 under weights of slope 1 / max(scale, 1) at positions up to n.
 
-    A position is rounded a few times (4 n eps), on both axes and on both sides of the comparison; the sums over the taps add 4 eps each.
+    A position is rounded a few times (4 n eps), on both axes and both sides of the comparison; the sums over the taps add 4 eps each.
     """
     taps = 2 * max(max(box[2:]) / size, 1) + 2
     return 255 * EPS * (4 * 2 * 2 * max(box[2:]) + 8 * taps)

@@ -23,3 +23,9 @@ def test_a_row_a_query_with_frames_that_tell_right_from_wrong():
 def test_a_projection_names_each_class():
     figure = plot.projection(np.random.default_rng(0).normal(size=(6, 2)), np.array([0, 1, 0, 1, 0, 1]), ["cat", "dog", "bird"])
     assert [text.get_text() for text in figure.axes[0].texts] == ["cat", "dog"]
+
+
+def test_a_range_test_marks_its_suggestion():
+    figure = plot.lr_range([1e-4, 1e-3, 1e-2], [2.0, 1.0, 3.0], suggestion=1e-3)
+    assert figure.axes[0].get_xscale() == "log"
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.001"]

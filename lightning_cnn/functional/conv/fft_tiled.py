@@ -56,7 +56,8 @@ def weight_gradient(
     pieces = F.pad(g, (0, X.shape[3] * fresh[1] - wide, 0, X.shape[2] * fresh[0] - high))
     pieces = pieces.unfold(2, fresh[0], fresh[0]).unfold(3, fresh[1], fresh[1])
     G = _rfft(pieces, (tile, tile)).conj_physical()
-    product = _over_batch(*(P.permute(0, 2, 3, 1, 4, 5).flatten(0, 2) for P in (X, G)), geometry.groups)
+    X, G = (P.permute(0, 2, 3, 1, 4, 5).flatten(0, 2) for P in (X, G))
+    product = _over_batch(X, G, geometry.groups)
     taps = torch.fft.irfft2(product, s=(tile, tile))
     return taps[:, :, : reach[0] : geometry.dilation[0], : reach[1] : geometry.dilation[1]].to(x.dtype)
 

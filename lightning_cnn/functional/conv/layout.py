@@ -48,5 +48,5 @@ def weight_gradient(
 
 
 def _layouts(picture: Tensor) -> tuple[torch.memory_format, torch.memory_format]:
-    layouts = torch.contiguous_format, torch.channels_last
-    return layouts[::-1] if is_channels_last(picture) else layouts
+    here, there = torch.contiguous_format, torch.channels_last
+    return (there, here) if is_channels_last(picture) else (here, there)

@@ -1,0 +1,22 @@
+"""The names that `Trainer(strategy=...)` knows after this package is imported."""
+
+from importlib import import_module
+from typing import Any
+
+NAMES = {"sync_ddp": "SyncDDP", "local_sgd": "LocalSGD", "delayed_averaging": "DelayedAveraging", "async_sgd": "AsyncSGD"}
+
+
+def register() -> None:
+    """Put every name into Lightning's registry; the module of a strategy is loaded when its name is used."""
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    for name, attribute in NAMES.items():
+        if name not in StrategyRegistry:
+            StrategyRegistry.register(name, _maker(name, attribute), description=f"lightning_cnn.strategy.{attribute}")
+
+
+def _maker(name: str, attribute: str) -> Any:
+    def make(**kwargs: Any) -> Any:
+        return getattr(import_module(f"lightning_cnn.strategy.{name}"), attribute)(**kwargs)
+
+    return make

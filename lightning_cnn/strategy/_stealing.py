@@ -1,0 +1,179 @@
+"""Work-stealing batches: whoever is free takes the next one, so a slow worker takes fewer and nobody waits.
+
+Every rank owns its first batch of an epoch (so that every rank has one) and claims the others from a counter in the job's store. The
+ledger of an epoch is three things there: `next` (the counter), `done` (batch numbers, appended after training on them) and one key for
+each batch in somebody's hands. A dead worker's batches are those that are not done and whose owner is dead, or that nobody claimed; who
+runs out of work takes them over, in the same epoch or at the end of the next. Order is a function of (seed, epoch).
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader, Sampler
+
+from lightning_cnn.functional import counter
+from lightning_cnn.strategy._team import Team
+
+
+@dataclass
+class _Epoch:
+    """One epoch's batches by number, and where its ledger is."""
+
+    index: int
+    ledger: str
+    batches: dict[int, list[int]]
+    before: frozenset[int]  # batch numbers done before a resume
+
+
+class StealingSampler(Sampler[list[int]]):
+    """Batches of indices, each handed to exactly one living rank. Call `finished()` after training on each, in order."""
+
+    def __init__(
+        self,
+        *,
+        length: int,
+        batch_size: int,
+        team: Team,
+        name: str,
+        epoch: Callable[[], int],
+        seed: int,
+        shuffle: bool,
+        drop_last: bool,
+    ) -> None:
+        self.length, self.batch_size, self.team, self.name = length, batch_size, team, name
+        self.seed, self.shuffle, self.drop_last, self._which_epoch = seed, shuffle, drop_last, epoch
+        self._epochs: deque[_Epoch] = deque(maxlen=2)
+        self._hand: deque[tuple[_Epoch, int]] = deque()
+        self._visits, self._resume = 0, (-1, frozenset[int]())
+
+    @property
+    def total(self) -> int:
+        """Batches of one epoch, over all ranks."""
+        return self.length // self.batch_size if self.drop_last else -(-self.length // self.batch_size)
+
+    @property
+    def progress(self) -> int:
+        """Batches of the whole job handed out before the one in training, over all ranks and epochs."""
+        epoch, number = self._hand[0] if self._hand else (self._epochs[-1], self.total)
+        return epoch.index * self.total + min(number, self.total)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        index, (resumed, done) = self._which_epoch(), self._resume
+        before = done if resumed == index else frozenset()
+        self._resume = (-1, frozenset())
+        batches = plan(self._order(index), self.batch_size, self.total, before, self.team.size)
+        self._epochs.append(_Epoch(index, f"{self.name}/{self._visits}", batches, before))
+        self._hand.clear()
+        if self.team.rank == 0 and self._visits >= 3:
+            for key in ("next", "done"):
+                self.team.store.delete_key(f"{self.name}/{self._visits - 3}/{key}")
+        self._visits += 1
+        return self._claims(self._epochs[-1])
+
+    def finished(self) -> None:
+        """The oldest batch handed out was trained on. Done is written before the claim is dropped, so nobody ever sees neither."""
+        if self._hand:
+            epoch, number = self._hand.popleft()
+            self.team.store.append(f"{epoch.ledger}/done", f"{number},")
+            self.team.store.delete_key(f"{epoch.ledger}/{number}")
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self._epochs:
+            return {"epoch": self._resume[0], "done": sorted(self._resume[1])}
+        epoch = self._epochs[-1]
+        return {"epoch": epoch.index, "done": sorted(epoch.before | self._done(epoch))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._resume = (int(state["epoch"]), frozenset(state["done"]))
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        if not self.shuffle:
+            return range(self.length)
+        return counter.permutation(counter.key(self.seed, "order", epoch), self.length).tolist()
+
+    def _claims(self, epoch: _Epoch) -> Iterator[list[int]]:
+        numbers, position = list(epoch.batches), self.team.rank
+        while position < len(numbers):
+            if self._claim(epoch, numbers[position], holder=""):
+                yield epoch.batches[numbers[position]]
+            position = self.team.size + self.team.store.add(f"{epoch.ledger}/next", 1) - 1
+        for late in list(self._epochs) if self.team.lost else []:
+            for number in sorted(set(late.batches) - self._done(late)):
+                key = f"{late.ledger}/{number}"
+                holder = self.team.store.get(key).decode() if self.team.store.check([key]) else ""
+                if (not holder or int(holder) in self.team.lost) and self._claim(late, number, holder):
+                    yield late.batches[number]
+
+    def _claim(self, epoch: _Epoch, number: int, holder: str) -> bool:
+        me, key = str(self.team.rank), f"{epoch.ledger}/{number}"
+        if self.team.store.compare_set(key, holder, me).decode() != me:
+            return False
+        if self.team.lost and number in self._done(epoch):  # finished, and its claim dropped, just before ours
+            self.team.store.delete_key(key)
+            return False
+        self._hand.append((epoch, number))
+        return True
+
+    def _done(self, epoch: _Epoch) -> set[int]:
+        key = f"{epoch.ledger}/done"
+        text = self.team.store.get(key).decode() if self.team.store.check([key]) else ""
+        return {int(number) for number in text.split(",") if number}
+
+
+class StealingLoader:
+    """A DataLoader over stolen batches. It has no length, because no rank knows its share; Lightning then looks one batch ahead."""
+
+    def __init__(self, loader: DataLoader, sampler: StealingSampler) -> None:
+        self.sampler, self.loader = sampler, reloaded(loader, sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["loader"], name)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state)
+
+
+def reloaded(loader: DataLoader, sampler: StealingSampler) -> DataLoader:
+    """The same DataLoader with another batch sampler."""
+    workers: dict[str, Any] = {}
+    if loader.num_workers:
+        workers = {"prefetch_factor": loader.prefetch_factor, "persistent_workers": loader.persistent_workers}
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        **workers,
+    )
+
+
+def plan(order: Sequence[int], batch_size: int, total: int, done: frozenset[int], ranks: int) -> dict[int, list[int]]:
+    """The batches still to train on, by number; cut smaller where there are fewer than ranks, so that every rank has one.
+
+    >>> plan(range(7), batch_size=2, total=4, done=frozenset([0]), ranks=2)
+    {1: [2, 3], 2: [4, 5], 3: [6]}
+    >>> plan(range(7), batch_size=4, total=2, done=frozenset(), ranks=3)
+    {0: [0, 1, 2], 1: [3, 4], 2: [5, 6]}
+    """
+    batches = {n: list(order[n * batch_size : (n + 1) * batch_size]) for n in range(total) if n not in done}
+    if not batches or len(batches) >= ranks:
+        return batches
+    samples = [sample for batch in batches.values() for sample in batch]
+    samples += samples[-1:] * (ranks - len(samples))
+    names = [*batches, *range(total, total + ranks - len(batches))]
+    sizes = [len(samples) // ranks + (i < len(samples) % ranks) for i in range(ranks)]
+    starts = [sum(sizes[:i]) for i in range(ranks)]
+    return {name: samples[start : start + size] for name, start, size in zip(names, starts, sizes, strict=True)}

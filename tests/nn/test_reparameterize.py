@@ -1,0 +1,98 @@
+"""The merged network gives the outputs of the original, with one convolution where there were branches."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import get_model
+
+from lightning_cnn.errors import ConfigurationError, UnsupportedLayerError
+from lightning_cnn.nn import reparameterize
+
+
+class RepBlock(nn.Module):
+    """RepVGG's block in training form: 3x3, 1x1 and identity, each with its batch norm; or a bare skip."""
+
+    def __init__(self, outputs=8, stride=1, groups=1, bare_skip=False):
+        super().__init__()
+        self.conv3, self.bn3 = nn.Conv2d(8, outputs, 3, stride, 1, groups=groups, bias=False), nn.BatchNorm2d(outputs)
+        self.conv1, self.bn1 = nn.Conv2d(8, outputs, 1, stride, groups=groups), nn.BatchNorm2d(outputs)
+        self.skip = nn.Identity() if bare_skip or stride > 1 or outputs != 8 else nn.BatchNorm2d(8)
+        self.has_skip, self.bare_skip = stride == 1 and outputs == 8, bare_skip
+
+    def forward(self, x):
+        out = self.bn3(self.conv3(x)) + self.bn1(self.conv1(x))
+        if self.has_skip:
+            out = out + (x if self.bare_skip else self.skip(x))
+        return torch.relu(out)
+
+
+def lived_in(model):
+    """With batch norms as after training: none is the identity."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value, low in ((module.weight, 0.5), (module.bias, -0.5), (module.running_mean, -0.5), (module.running_var, 0.5)):
+                value.data.uniform_(low, low + 1)
+    return model.double().eval()
+
+
+def count(model, kind):
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bare_skip": True}, {"stride": 2}, {"outputs": 16}, {"groups": 4}, {"groups": 8, "bare_skip": True}],
+    ids=str,
+)
+def test_parallel_branches_become_one_convolution(options):
+    model, image = lived_in(nn.Sequential(RepBlock(**options))), torch.rand(2, 8, 9, 9, dtype=torch.float64)
+    merged = reparameterize(model)
+    assert torch.allclose(merged(image), model(image), rtol=0, atol=1e-12)
+    assert (count(merged, nn.Conv2d), count(merged, nn.BatchNorm2d)) == (1, 0)
+
+
+def test_a_residual_around_nonlinearities_keeps_its_sum():
+    model, image = lived_in(get_model("resnet18", weights=None)), torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    merged = reparameterize(model)
+    assert torch.allclose(merged(image), model(image), rtol=1e-9, atol=1e-9)
+    assert (count(merged, nn.Conv2d), count(merged, nn.BatchNorm2d)) == (20, 0)
+
+
+def test_a_convolution_that_is_read_or_called_twice_is_left_alone():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+            self.last, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.norm(self.last(torch.relu(self.bn(y) * y)))
+
+    model, image = lived_in(Twice()), torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    merged = reparameterize(model)
+    assert torch.allclose(merged(image), model(image), rtol=0, atol=1e-12)
+    assert count(merged, nn.BatchNorm2d) == 1
+
+
+def test_the_original_is_not_touched():
+    model = lived_in(nn.Sequential(RepBlock()))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reparameterize(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert count(model, nn.Conv2d) == 2
+
+
+def test_refusals_say_what_to_do():
+    with pytest.raises(ConfigurationError, match=r"Call model\.eval\(\) first"):
+        reparameterize(RepBlock())
+    with pytest.raises(UnsupportedLayerError, match="no batch norm after a convolution"):
+        reparameterize(nn.Sequential(nn.Conv2d(3, 3, 3)).eval())
+
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(UnsupportedLayerError, match=r"torch\.fx cannot trace Branching"):
+        reparameterize(Branching().eval())

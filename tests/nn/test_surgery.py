@@ -1,0 +1,112 @@
+"""A rewrite saves what the lecture says, is equal where its form allows, and leaves the rest of the model and optimizer alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_cnn.errors import UnsupportedLayerError
+from lightning_cnn.nn import architecture
+from lightning_cnn.nn.blocks import Bottleneck, FactorizedConv, SeparableConv, SmallFilterStack
+from lightning_cnn.nn.surgery import bottleneck, depthwise_separable, factorize, stack_small_filters
+
+C = 16
+REWRITES = [stack_small_filters, bottleneck, factorize, depthwise_separable]
+
+
+def weights(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def network(kernel=7, stride=1):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, C, 1), nn.ReLU(), nn.Conv2d(C, C, kernel, stride, kernel // 2), nn.BatchNorm2d(C), nn.ReLU())
+
+
+def test_blocks_have_the_lecture_s_weights():
+    assert weights(SmallFilterStack(C, C, 7, bias=False)) == 27 * C**2
+    assert weights(Bottleneck(C, C, bias=False)) == 3.25 * C**2
+    assert weights(FactorizedConv(C, C, 3, bias=False)) == 6 * C**2
+    assert weights(SeparableConv(C, C, 3, bias=False)) == C**2 + 9 * C
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("rewrite", REWRITES)
+def test_output_size_and_receptive_field_stay(rewrite, stride):
+    model, image = network(stride=stride), torch.rand(2, 3, 20, 23)
+    before = architecture(model, image)["4"]
+    rewrite(model, layers="2")
+    after = architecture(model, image)["4"]
+    assert (after.output, after.seen) == (before.output, before.seen)
+
+
+@pytest.mark.parametrize(("stride", "padding", "dilation", "kernel"), [(1, 1, 1, 3), (2, 0, 1, 5), ((1, 2), (2, 1), 2, (3, 4))])
+def test_at_full_rank_the_factorised_convolution_is_equal(stride, padding, dilation, kernel):
+    conv = nn.Conv2d(3, 5, kernel, stride, padding, dilation).double()
+    image = torch.rand(2, 3, 17, 19, dtype=torch.float64)
+    assert torch.allclose(FactorizedConv.of(conv, rank=999)(image), conv(image), rtol=0, atol=1e-13)
+
+
+def test_a_separable_filter_is_found_again():
+    conv = nn.Conv2d(3, 5, 3, 2, 1).double()
+    form = SeparableConv(3, 5, 3, stride=2).double()
+    conv.weight.data = (form[1].weight * form[0].weight.transpose(0, 1)).detach()
+    image = torch.rand(2, 3, 9, 9, dtype=torch.float64)
+    assert torch.allclose(SeparableConv.of(conv)(image), conv(image), rtol=0, atol=1e-13)
+
+
+def test_the_svd_is_the_best_of_its_rank():
+    """The squared error is the sum of the squared singular values left out (Eckart and Young)."""
+    conv = nn.Conv2d(4, 6, 3, bias=False).double()
+    form = FactorizedConv.of(conv, rank=5)
+    rebuilt = torch.einsum("krp,rcq->kcpq", form[1].weight[..., 0], form[0].weight[:, :, 0])
+    left_out = torch.linalg.svdvals(conv.weight.permute(0, 2, 1, 3).reshape(18, 12))[5:]
+    assert (rebuilt - conv.weight).square().sum().item() == pytest.approx(left_out.square().sum().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("rewrite", REWRITES)
+def test_the_rest_of_the_model_and_its_optimizer_state_are_kept(rewrite):
+    model = network()
+    optimizer = torch.optim.Adam([{"params": model[:2].parameters(), "lr": 0.1}, {"params": model[2:].parameters(), "lr": 0.01}])
+
+    def step():
+        optimizer.zero_grad()
+        F.mse_loss(model(torch.rand(2, 3, 9, 9)), torch.rand(2, C, 9, 9)).backward()
+        optimizer.step()
+
+    step()
+    kept = [p for place in (0, 3) for p in model[place].parameters()]
+    moments = [optimizer.state[p]["exp_avg"].clone() for p in kept]
+    old = list(model[2].parameters())
+    rewrite(model, layers="2", optimizer=optimizer)
+    assert [id(p) for place in (0, 3) for p in model[place].parameters()] == [id(p) for p in kept]
+    assert all(torch.equal(optimizer.state[p]["exp_avg"], moment) for p, moment in zip(kept, moments, strict=True))
+    assert not any(p in optimizer.state for p in old)
+    assert {id(p) for p in optimizer.param_groups[1]["params"]} == {id(p) for p in model[2:].parameters()}
+    before = [p.detach().clone() for p in model[2].parameters()]
+    step()
+    assert all(not torch.equal(p, b) for p, b in zip(model[2].parameters(), before, strict=True))
+
+
+def test_a_shared_frozen_convolution_is_replaced_wherever_it_stands():
+    conv = nn.Conv2d(C, C, 5, padding=2).requires_grad_(False)
+    model = nn.Sequential(conv, nn.ReLU(), conv)
+    assert len(stack_small_filters(model).savings) == 1
+    assert model[0] is model[2]
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_the_report_names_savings_and_what_was_left_alone():
+    text = str(stack_small_filters(network()))
+    assert "2: 12,560 -> 6,960 weights (1.80x fewer)" in text
+    assert "0: left alone, it is 1x1" in text
+
+
+def test_what_cannot_be_rewritten_is_refused_with_every_reason():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 64, 7, padding=3), nn.Conv2d(4, 4, 5))
+    with pytest.raises(UnsupportedLayerError) as caught:
+        stack_small_filters(model)
+    for words in ("'0': it has 2 groups", "'1': it would have", "'2': it is 5x5 with padding (0, 0)"):
+        assert words in str(caught.value)
+    with pytest.raises(UnsupportedLayerError, match="no Conv2d has such a name"):
+        factorize(model, layers="body.*")
