@@ -65,3 +65,15 @@ def pictures(tmp_path_factory) -> Path:
         for k in range(8):
             Image.fromarray(noise.integers(low, low + 128, (40, 48, 3), dtype=np.uint8)).save(root / name / f"{k}.png")
     return root
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test that forks runs in a fresh process: forking one in which other tests have started threads can hang for ever."""
+    if pyfuncitem.get_closest_marker("forks") is None or "FORKS_ALONE" in os.environ:
+        return None
+    alone = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", pyfuncitem.nodeid]
+    root = pyfuncitem.config.rootpath
+    done = subprocess.run(alone, cwd=root, env={**os.environ, "FORKS_ALONE": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return True

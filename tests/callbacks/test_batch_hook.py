@@ -165,6 +165,7 @@ class SameEverywhere(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.forks
 @pytest.mark.parametrize("kind", ["Batch", "tuple"])
 def test_two_processes_give_equal_samples_equal_noise_and_others_their_own(kind, tmp_path):
     """A batch that knows its samples is keyed by them; of another only the place in the global batch is known, and no two share it."""

@@ -54,6 +54,7 @@ def test_each_row_is_what_that_way_of_testing_gives_alone(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"evaluation.md", "reliability.png", "rejection.png"}
 
 
+@pytest.mark.forks
 def test_two_processes_write_the_report_of_one(tmp_path):
     evaluated(tmp_path / "one", {"mc": [{"mc_dropout": 4}]})
     evaluated(tmp_path / "two", {"mc": [{"mc_dropout": 4}]}, strategy="ddp_fork", devices=2)

@@ -170,6 +170,7 @@ class Write(L.Callback):
         torch.save([torch.cat(part) for part in zip(*self.found, strict=True)], self.folder / f"{trainer.global_rank}.pt")
 
 
+@pytest.mark.forks
 def test_two_processes_predict_the_same_samples_alike(tmp_path):
     views = ["flip", {"mc_dropout": 4}]
     one = torch.cat(trainer(Marginalize(views=views)).predict(Model(), house(12)))

@@ -69,6 +69,7 @@ def test_it_is_saved_and_restored_by_ckpt_path(tmp_path):
     assert fresh.temperature == callback.temperature > 1
 
 
+@pytest.mark.forks
 def test_two_processes_fit_the_temperature_of_the_whole(tmp_path):
     class Save(L.Callback):
         def on_validation_end(self, trainer, pl_module):

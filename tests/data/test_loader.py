@@ -139,6 +139,7 @@ def test_a_loader_cycled_inside_an_epoch_resumes_where_it_was(tmp_path):
     assert resumed[1] == whole[1][9:]
 
 
+@pytest.mark.forks
 @pytest.mark.parametrize("use_distributed_sampler", [True, False])
 def test_two_ranks_share_each_epoch(tmp_path, use_distributed_sampler):
     class Written(Recorder):

@@ -49,6 +49,7 @@ def test_every_recipe_learns_digits(recipe):
     assert (net.eval().net(x_test).argmax(1) == y_test).float().mean() > 0.8
 
 
+@pytest.mark.forks
 def test_two_ranks_hold_the_same_weights():
     """After 6 steps of DDP on different data, the largest difference between the ranks is exactly 0."""
     (x, y), _ = digits()

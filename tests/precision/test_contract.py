@@ -175,6 +175,7 @@ class Difference(L.Callback):
             self.path.write_text(repr((ranks[0] - ranks[1]).abs().max().item()))
 
 
+@pytest.mark.forks
 @each_plugin
 def test_two_ranks_stay_bit_identical(case, tmp_path):
     fit(case.make(), strategy="ddp_fork", devices=2, callbacks=[Difference(tmp_path / "difference")])

@@ -24,6 +24,7 @@ def _round_shards(rank: int, store: str, dim: int, size: tuple[int, ...]) -> Non
     assert same
 
 
+@pytest.mark.forks
 @pytest.mark.parametrize(("dim", "size"), [(0, (5, 3, 2)), (1, (5, 3, 2)), (0, (7,))])
 def test_two_shards_make_the_rounded_whole(tmp_path, dim, size):
     mp.start_processes(_round_shards, (str(tmp_path / "store"), dim, size), nprocs=2, start_method="fork")
