@@ -1,5 +1,7 @@
 """Rectangles of a picture replaced by something that says nothing."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
@@ -8,7 +10,7 @@ from lightning_cnn.functional.keyed_random import KeyedRandom
 
 
 def erased_boxes(
-    noise: KeyedRandom, n: int, size: tuple[int, int], area: tuple[float, float], aspect: tuple[float, float], p: float
+    noise: KeyedRandom, n: int, size: tuple[int, int], area: Sequence[float], aspect: Sequence[float], p: float
 ) -> Int64[Tensor, "b 4"]:
     """A rectangle (top, left, bottom, right) a picture of `size` (height, width), empty with probability 1 - `p`.
 
