@@ -64,4 +64,5 @@ def test_every_menu_entry_composes_and_its_arguments_exist(path):
 
 
 # What has no default: your own pictures, and checkpoints to average.
-NEEDS = {"transfer": ["data.root=x"], "model_soup": ["callbacks.model_soup.members=[x]"]}
+NEEDS = {name: ["data.root=x"] for name in ("transfer", "decaf", "few_shot")}
+NEEDS |= {"model_soup": ["callbacks.model_soup.members=[x]"]}

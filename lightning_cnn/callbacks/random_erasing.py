@@ -36,7 +36,9 @@ class RandomErasing(BatchTransform):
         fill: float | Literal["noise"] = "noise",
         seed: int = 0,
     ) -> None:
-        self.p, self.area, self.aspect, self.fill, self.seed = p, tuple(area), tuple(aspect), fill, seed
+        self.p, self.fill, self.seed = p, fill, seed
+        self.area: tuple[float, float] = (area[0], area[1])  # a list, where it comes from a configuration
+        self.aspect: tuple[float, float] = (aspect[0], aspect[1])
         raise_all(self._wrong_arguments())
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
