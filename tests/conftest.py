@@ -77,6 +77,10 @@ def pytest_pyfunc_call(pyfuncitem):
         return None
     alone = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", pyfuncitem.nodeid]
     root = pyfuncitem.config.rootpath
-    done = subprocess.run(alone, cwd=root, env={**os.environ, "FORKS_ALONE": "1"}, capture_output=True, text=True, check=False)
+    # Lightning leaves the address of the last group in the environment: a fresh process chooses its own port.
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "LOCAL_", "NODE_", "GROUP_", "WORLD_"))
+    }
+    done = subprocess.run(alone, cwd=root, env={**kept, "FORKS_ALONE": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return True
