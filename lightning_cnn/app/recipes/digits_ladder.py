@@ -1,5 +1,6 @@
 """The lecture as a ladder: three labelled pictures a class, and each rung adds one idea."""
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,12 +71,15 @@ class DigitsLadder:
     def __call__(self, folder: Path) -> Mapping[str, float]:
         """Climb, print the table, write the pictures and `report.md` into `folder`; returns the mean accuracy of each rung."""
         folder.mkdir(parents=True, exist_ok=True)
-        threads = torch.get_num_threads()
+        threads, notes = torch.get_num_threads(), logging.getLogger("lightning_cnn")
+        level = notes.level
         torch.set_num_threads(1)  # networks this small only wait for a second thread
+        notes.setLevel(logging.WARNING)  # what each of 21 trainings has to say would tear the progress bar
         try:
             return self._all(folder)
         finally:
             torch.set_num_threads(threads)
+            notes.setLevel(level)
 
     def _all(self, folder: Path) -> Mapping[str, float]:
         weights = folder / "letters.safetensors"
