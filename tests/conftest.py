@@ -27,11 +27,13 @@ warnings.filterwarnings("ignore", module="lightning")
 
 @pytest.fixture(autouse=True)
 def _fresh_torch_state():
-    """Each test starts from one seed and must not leave another default behind."""
+    """Each test starts from one seed and must leave no other default and no process group behind."""
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
+    if torch.distributed.is_initialized():  # Lightning leaves the group of a one-process run open
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
