@@ -34,6 +34,8 @@ def _fresh_torch_state():
     torch.set_default_dtype(dtype)
     if torch.distributed.is_initialized():  # Lightning leaves the group of a one-process run open
         torch.distributed.destroy_process_group()
+    for name in [name for name in os.environ if name.startswith(("MASTER_", "LOCAL_", "NODE_", "GROUP_", "WORLD_"))]:
+        del os.environ[name]  # the address of that group, which a process started later would try to take
 
 
 @pytest.fixture
