@@ -37,7 +37,7 @@ def test_it_trains_tests_and_predicts_on_digits(tmp_path):
     model = small(lr=3e-3, schedule="one_cycle")
     trainer = quiet(max_epochs=8)
     trainer.fit(model, data)
-    assert trainer.test(model, data, verbose=False)[0]["test_accuracy"] > 0.75  # chance is 0.1; ten runs gave 0.84 to 0.93
+    assert trainer.test(model, data, verbose=False)[0]["test_accuracy"] > 0.75  # chance is 0.1
     log_probability = torch.cat(trainer.predict(model, data))
     assert log_probability.shape == (600, 10)
     assert torch.allclose(log_probability.exp().sum(1), torch.ones(600), atol=1e-5)
