@@ -65,7 +65,7 @@ class DelayedAveraging(Apart):
         said = self.meet("report", (self.steps, self.lag))
         lags = sum((lag for _, lag in said), Counter[int]())
         self.report = {"steps": [steps for steps, _ in said], "rounds": self.rounds, "staleness": dict(sorted(lags.items()))}
-        log.info("DelayedAveraging: %d rounds, steps by rank %s, lag in steps %s", *self.report.values())
+        log.info("DelayedAveraging: steps by rank %s, %d rounds, lag in steps %s", *self.report.values())
 
     def teardown(self) -> None:
         self._group, self._round = None, None
