@@ -11,6 +11,8 @@ from ._weight_views import MCBatchNorm as MCBatchNorm
 from .architecture_summary import ArchitectureSummary as ArchitectureSummary
 from .batch_augmentation import BatchAugmentation as BatchAugmentation
 from .batch_norm_reestimation import BatchNormReestimation as BatchNormReestimation
+from .bottleneck_monitor import BottleneckMonitor as BottleneckMonitor
+from .bottleneck_monitor import BottleneckReport as BottleneckReport
 from .cutmix import CutMix as CutMix
 from .decaf_report import DecafReport as DecafReport
 from .discriminative_lr import DiscriminativeLR as DiscriminativeLR

@@ -23,6 +23,7 @@ from lightning_cnn.callbacks import (
     ArchitectureSummary,
     BatchAugmentation,
     BatchNormReestimation,
+    BottleneckMonitor,
     CutMix,
     DiscriminativeLR,
     FrozenBatchNorm,
@@ -63,6 +64,7 @@ CASES = [
     Case("random_erasing", lambda: RandomErasing(p=1.0), off=lambda: RandomErasing(p=0.0)),
     Case("snapshot_ensemble", lambda: SnapshotEnsemble(cycles=2), plain_evaluation=False),
     Case("marginalize", lambda: Marginalize(views=[HorizontalFlip()]), off=lambda: Marginalize(), plain_evaluation=False),
+    Case("bottleneck_monitor", BottleneckMonitor, trains_differently=False),
     Case("architecture_summary", lambda: ArchitectureSummary(), off=lambda: ArchitectureSummary(), trains_differently=False),
 ]
 
