@@ -17,6 +17,7 @@ VERBS = {
     "predict": "label pictures: predict ckpt_path=last input=FOLDER",
     "pack": "write a folder of pictures into one contiguous file: pack data.root=FOLDER out=FILE",
     "summary": "receptive field, parameters and multiply-adds by layer: summary model.architecture=resnet18",
+    "export": "write a checkpoint as one file that runs elsewhere: export ckpt_path=best out=model.pt2|.onnx|.safetensors",
     "bench": "measure against the peers: bench [loading|...]",
 }
 USAGE = """\
