@@ -60,7 +60,9 @@ def transfer_head(network: nn.Module, classes: int) -> None:
             network.set_submodule(pool.name, MeanMaxPool())
             width = 2 * width
     else:
-        raise UnsupportedLayerError(f"the head '{head.name}' is a {type(head.module).__name__}; a transfer head replaces Linear or Conv2d.")
+        raise UnsupportedLayerError(
+            f"the head '{head.name}' is a {type(head.module).__name__}; a transfer head replaces Linear or Conv2d."
+        )
     linear = nn.Linear(width, classes)
     nn.init.zeros_(linear.weight)  # all classes equally likely, until a probe or training says more
     nn.init.zeros_(linear.bias)
@@ -117,7 +119,9 @@ def _global_pool(before: list[Unit]) -> Unit | None:
     """The global average pooling right before the head, dropout and flattening aside."""
     passing = (nn.Dropout, nn.Flatten, nn.Identity)
     last = next((unit for unit in reversed(before) if not isinstance(unit.module, passing)), None)
-    return last if last is not None and isinstance(last.module, nn.AdaptiveAvgPool2d) and last.module.output_size in (1, (1, 1)) else None
+    return (
+        last if last is not None and isinstance(last.module, nn.AdaptiveAvgPool2d) and last.module.output_size in (1, (1, 1)) else None
+    )
 
 
 def _seen_by(layer: nn.Module, model: nn.Module, loader: Iterable[Any], forward: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:

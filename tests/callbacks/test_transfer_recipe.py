@@ -72,6 +72,7 @@ def test_bad_settings_and_missing_data_are_refused():
     with pytest.raises(ConfigurationError, match="datamodule"):
         L.Trainer(max_epochs=1, callbacks=[TransferRecipe()], **QUIET).fit(Module(), loader())
 
+
 class Batches(L.LightningDataModule):
     """Classes that differ in colour, so that a linear classifier on the pooled features of any network knows them."""
 
