@@ -107,6 +107,15 @@ class PackedImages(Dataset):
         except DataError as error:
             raise DataError(f"{file.path}: damaged at byte {int(entry['offset'])}: sample {position}: {error}.") from error
 
+    def crops(self, file: Packed, rows: np.ndarray, indices: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(bytes, where each begins) of boxes of samples of a file of JPEGs; `rows` are the samples' index entries."""
+        pixels, place, done = _jpeg.crops(file.bytes, rows, box)
+        for k in np.flatnonzero(~done):
+            top, left, height, width = box[k]
+            crop = self.pixels(int(indices[k]))[top : top + height, left : left + width]
+            pixels[place[k] : place[k] + crop.size] = crop.reshape(-1)
+        return pixels, place
+
     def __getstate__(self) -> dict[str, Any]:
         return {"_paths": self._paths, "_verify": self._verify}
 

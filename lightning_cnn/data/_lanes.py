@@ -82,13 +82,12 @@ class GatherLane:
     def fill(self, epoch: int, indices: np.ndarray, out: np.ndarray) -> None:
         indices = indices % len(self._images)
         self._images.verify(indices)
-        if self._images.codec == "jpeg":
-            for b, index in enumerate(indices):
-                out[b] = self._images.pixels(int(index))
-            return
         flat = out.reshape(len(out), -1)
         for file, entry, rows in self._images.by_file(indices):
-            resample.gather(file.bytes, rows["offset"].astype(np.int64), flat, entry)
+            source, offset = file.bytes, rows["offset"].astype(np.int64)
+            if file.codec == "jpeg":
+                source, offset = self._images.crops(file, rows, indices[entry], np.tile((0, 0, *self.shape), (len(entry), 1)))
+            resample.gather(source, offset, flat, entry)
 
 
 class FusedLane:
@@ -104,12 +103,13 @@ class FusedLane:
         for file, entry, rows in self._images.by_file(indices):
             heights, widths = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
             box, flip = self._augment.draw(key, drawn[entry], heights, widths)
-            if file.codec == "raw":
-                self._apply(file.bytes, rows["offset"].astype(np.int64), heights, widths, box, flip, out, entry)
-                continue
-            for k in range(len(entry)):
-                one, pixels = slice(k, k + 1), self._images.pixels(int(indices[entry[k]])).reshape(-1)
-                self._apply(pixels, np.zeros(1, np.int64), heights[one], widths[one], box[one], flip[one], out, entry[one])
+            source, offset = file.bytes, rows["offset"].astype(np.int64)
+            if file.codec == "jpeg":
+                # Decode what the box shows of each picture; then that is the picture.
+                shown = _within(box, heights, widths)
+                source, offset = self._images.crops(file, rows, indices[entry], shown)
+                box, heights, widths = box - shown * (1, 1, 0, 0), shown[:, 2], shown[:, 3]
+            self._apply(source, offset, heights, widths, box, flip, out, entry)
 
     def _apply(self, source: np.ndarray, offset: np.ndarray, heights: np.ndarray, widths: np.ndarray, *rest: Any) -> None:
         box, flip, out, entry = rest
@@ -118,6 +118,14 @@ class FusedLane:
             resample.crop_padded(source, offset, heights, widths, box, flip, scale, bias, out, entry)
         else:
             resample.crop_resize(source, offset, widths, box, flip, scale, bias, out, entry)
+
+
+def _within(box: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """The part of each box that lies in its picture, and a pixel of the picture at least."""
+    limit = np.stack([heights, widths], 1)
+    first = np.clip(box[:, :2], 0, limit - 1)
+    last = np.clip(box[:, :2] + box[:, 2:], first + 1, limit)
+    return np.concatenate([first, last - first], 1)
 
 
 class PackedLoader(CountedLoader):
