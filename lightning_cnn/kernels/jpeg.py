@@ -9,7 +9,6 @@ else, and anything odd, is left to libjpeg: `decode_crops` says so by a False.
 import numpy as np
 from numba import njit
 
-from lightning_cnn.kernels.jpeg_vectors import blended, from_ycc, inverse_cosine, load_word, store_word, widened
 from lightning_cnn.kernels.jpeg_tables import (
     AC,
     DC,
@@ -28,6 +27,7 @@ from lightning_cnn.kernels.jpeg_tables import (
     entry,
     read_headers,
 )
+from lightning_cnn.kernels.jpeg_vectors import blended, from_ycc, inverse_cosine, load_word, store_word, widened
 
 SLACK = 32  # bytes after the last that may be loaded, or stored
 

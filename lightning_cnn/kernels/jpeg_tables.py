@@ -152,10 +152,10 @@ def _huffman(part, codes, long_codes, definitions, defined):
 
 @njit(cache=True, nogil=True)
 def _same(known, new):
+    different = 0
     for k in range(len(new)):
-        if known[k] != new[k]:
-            return False
-    return True
+        different |= known[k] ^ new[k]
+    return different == 0
 
 
 @njit(cache=True, nogil=True)
