@@ -12,7 +12,9 @@ from torch.utils.data import Dataset
 from lightning_cnn.data import _jpeg
 from lightning_cnn.data._format import Packed
 from lightning_cnn.errors import ConfigurationError, DataError
+from lightning_cnn.kernels.checksum import SHORT, first_wrong
 
+Check = tuple[np.ndarray, np.ndarray, np.ndarray]  # of each sample: length, checksum, whether to look
 Verify = Literal["open", "sample", "off"]
 
 
@@ -88,6 +90,21 @@ class PackedImages(Dataset):
             file.check_sample(position)
             self._checked[index] = True
 
+    def pending(self, indices: np.ndarray, rows: np.ndarray) -> Check:
+        """What a kernel needs to check, on its way, those samples that this process has not read before."""
+        asked = ~self._checked[indices]
+        if asked.any():
+            short = asked & (rows["length"] <= SHORT)
+            self.verify(indices[short])
+            asked &= ~short
+        return rows["length"].astype(np.int64), rows["checksum"].astype(np.uint64), asked
+
+    def passed(self, indices: np.ndarray, wrong: int) -> None:
+        """Take note of what a kernel found: the place of a wrong sample, or -1."""
+        if wrong >= 0:
+            self.verify(indices[wrong : wrong + 1])
+        self._checked[indices] = True
+
     def stored(self, index: int) -> np.ndarray:
         """The stored bytes of a sample, verified; a view that must not be written to."""
         self.verify(np.array([index]))
@@ -106,6 +123,16 @@ class PackedImages(Dataset):
             return _jpeg.decode(stored, height, width)
         except DataError as error:
             raise DataError(f"{file.path}: damaged at byte {int(entry['offset'])}: sample {position}: {error}.") from error
+
+    def crops(self, file: Packed, rows: np.ndarray, indices: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(bytes, where each begins) of boxes of samples of a file of JPEGs; `rows` are the samples' index entries."""
+        self.passed(indices, first_wrong(file.bytes, rows["offset"].astype(np.int64), self.pending(indices, rows)))
+        pixels, place, done = _jpeg.crops(file.bytes, rows, box)
+        for k in np.flatnonzero(~done):
+            top, left, height, width = box[k]
+            crop = self.pixels(int(indices[k]))[top : top + height, left : left + width]
+            pixels[place[k] : place[k] + crop.size] = crop.reshape(-1)
+        return pixels, place
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_paths": self._paths, "_verify": self._verify}

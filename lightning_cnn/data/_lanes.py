@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -80,15 +80,13 @@ class GatherLane:
         self._images, self.shape = images, images.shape
 
     def fill(self, epoch: int, indices: np.ndarray, out: np.ndarray) -> None:
-        indices = indices % len(self._images)
-        self._images.verify(indices)
-        if self._images.codec == "jpeg":
-            for b, index in enumerate(indices):
-                out[b] = self._images.pixels(int(index))
-            return
-        flat = out.reshape(len(out), -1)
+        indices, flat = indices % len(self._images), out.reshape(len(out), -1)
         for file, entry, rows in self._images.by_file(indices):
-            resample.gather(file.bytes, rows["offset"].astype(np.int64), flat, entry)
+            source, offset, chosen = file.bytes, rows["offset"].astype(np.int64), indices[entry]
+            if file.codec == "jpeg":
+                source, offset = self._images.crops(file, rows, chosen, np.tile((0, 0, *self.shape), (len(entry), 1)))
+            wrong = resample.gather(source, offset, flat, entry, self._images.pending(chosen, rows))
+            self._images.passed(chosen, wrong)
 
 
 class FusedLane:
@@ -100,24 +98,27 @@ class FusedLane:
 
     def fill(self, epoch: int, indices: np.ndarray, out: np.ndarray) -> None:
         key, drawn, indices = counter.key(self._seed, "augment", epoch), indices, indices % len(self._images)
-        self._images.verify(indices)
         for file, entry, rows in self._images.by_file(indices):
-            heights, widths = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+            heights, widths, chosen = rows["height"].astype(np.int64), rows["width"].astype(np.int64), indices[entry]
             box, flip = self._augment.draw(key, drawn[entry], heights, widths)
-            if file.codec == "raw":
-                self._apply(file.bytes, rows["offset"].astype(np.int64), heights, widths, box, flip, out, entry)
-                continue
-            for k in range(len(entry)):
-                one, pixels = slice(k, k + 1), self._images.pixels(int(indices[entry[k]])).reshape(-1)
-                self._apply(pixels, np.zeros(1, np.int64), heights[one], widths[one], box[one], flip[one], out, entry[one])
+            source, offset = file.bytes, rows["offset"].astype(np.int64)
+            if file.codec == "jpeg":
+                # Decode what the box shows of each picture; then that is the picture.
+                shown = _within(box, heights, widths)
+                source, offset = self._images.crops(file, rows, chosen, shown)
+                box, heights, widths = box - shown * (1, 1, 0, 0), shown[:, 2], shown[:, 3]
+            size = (heights, widths) if self._augment.crop == "padded" else (widths,)
+            kernel = resample.crop_padded if self._augment.crop == "padded" else resample.crop_resize
+            check = self._images.pending(chosen, rows)
+            self._images.passed(chosen, kernel(source, offset, *size, box, flip, *self._augment.affine(), out, entry, check))
 
-    def _apply(self, source: np.ndarray, offset: np.ndarray, heights: np.ndarray, widths: np.ndarray, *rest: Any) -> None:
-        box, flip, out, entry = rest
-        scale, bias = self._augment.affine()
-        if self._augment.crop == "padded":
-            resample.crop_padded(source, offset, heights, widths, box, flip, scale, bias, out, entry)
-        else:
-            resample.crop_resize(source, offset, widths, box, flip, scale, bias, out, entry)
+
+def _within(box: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """The part of each box that lies in its picture, and a pixel of the picture at least."""
+    limit = np.stack([heights, widths], 1)
+    first = np.clip(box[:, :2], 0, limit - 1)
+    last = np.clip(box[:, :2] + box[:, 2:], first + 1, limit)
+    return np.concatenate([first, last - first], 1)
 
 
 class PackedLoader(CountedLoader):
