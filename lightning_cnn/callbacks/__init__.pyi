@@ -18,6 +18,8 @@ from .decaf_report import DecafReport as DecafReport
 from .discriminative_lr import DiscriminativeLR as DiscriminativeLR
 from .ema import EMA as EMA
 from .evaluation_report import EvaluationReport as EvaluationReport
+from .fast_inference import FastInference as FastInference
+from .fast_training import FastTraining as FastTraining
 from .feature_cache import FeatureCache as FeatureCache
 from .frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm
 from .gradual_unfreezing import GradualUnfreezing as GradualUnfreezing

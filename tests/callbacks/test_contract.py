@@ -26,6 +26,8 @@ from lightning_cnn.callbacks import (
     BottleneckMonitor,
     CutMix,
     DiscriminativeLR,
+    FastInference,
+    FastTraining,
     FrozenBatchNorm,
     GradualUnfreezing,
     HorizontalFlip,
@@ -65,6 +67,8 @@ CASES = [
     Case("snapshot_ensemble", lambda: SnapshotEnsemble(cycles=2), plain_evaluation=False),
     Case("marginalize", lambda: Marginalize(views=[HorizontalFlip()]), off=lambda: Marginalize(), plain_evaluation=False),
     Case("bottleneck_monitor", BottleneckMonitor, trains_differently=False),
+    Case("fast_inference", FastInference, off=lambda: FastInference(switches=[]), plain_evaluation=False, trains_differently=False),
+    Case("fast_training", FastTraining, off=lambda: FastTraining(switches=[]), trains_differently=False),
     Case("architecture_summary", lambda: ArchitectureSummary(), off=lambda: ArchitectureSummary(), trains_differently=False),
 ]
 
