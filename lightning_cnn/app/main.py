@@ -65,6 +65,10 @@ def _run(verb: str, overrides: list[str]) -> int:
     from lightning_cnn.errors import LightningCNNError
 
     try:
+        if verb == "bench":
+            from lightning_cnn.app import bench
+
+            overrides = bench.words(overrides)
         if not any(word.startswith(("-h", "--help", "--hydra-help", "--info", "-i", "--version", "-sc")) for word in overrides):
             overrides = _checkpoint.with_overrides_of_its_run(verb, overrides)
             _check.composition(verb, overrides)

@@ -15,6 +15,7 @@ from .bottleneck_monitor import BottleneckMonitor as BottleneckMonitor
 from .bottleneck_monitor import BottleneckReport as BottleneckReport
 from .cutmix import CutMix as CutMix
 from .decaf_report import DecafReport as DecafReport
+from .device_prefetch import DevicePrefetch as DevicePrefetch
 from .discriminative_lr import DiscriminativeLR as DiscriminativeLR
 from .ema import EMA as EMA
 from .evaluation_report import EvaluationReport as EvaluationReport
@@ -24,6 +25,7 @@ from .feature_cache import FeatureCache as FeatureCache
 from .frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm
 from .gradual_unfreezing import GradualUnfreezing as GradualUnfreezing
 from .l2_sp import L2SP as L2SP
+from .lean_logging import LeanLogging as LeanLogging
 from .lr_range_test import LRRangeTest as LRRangeTest
 from .marginalize import Marginalize as Marginalize
 from .mixup import MixUp as MixUp

@@ -25,12 +25,14 @@ from lightning_cnn.callbacks import (
     BatchNormReestimation,
     BottleneckMonitor,
     CutMix,
+    DevicePrefetch,
     DiscriminativeLR,
     FastInference,
     FastTraining,
     FrozenBatchNorm,
     GradualUnfreezing,
     HorizontalFlip,
+    LeanLogging,
     Marginalize,
     MixUp,
     NetworkNoise,
@@ -69,6 +71,8 @@ CASES = [
     Case("bottleneck_monitor", BottleneckMonitor, trains_differently=False),
     Case("fast_inference", FastInference, off=lambda: FastInference(switches=[]), plain_evaluation=False, trains_differently=False),
     Case("fast_training", FastTraining, off=lambda: FastTraining(switches=[]), trains_differently=False),
+    Case("device_prefetch", DevicePrefetch, off=DevicePrefetch, trains_differently=False),
+    Case("lean_logging", LeanLogging, trains_differently=False),
     Case("architecture_summary", lambda: ArchitectureSummary(), off=lambda: ArchitectureSummary(), trains_differently=False),
 ]
 
