@@ -86,6 +86,7 @@ def _hydra(verb: str, overrides: list[str]) -> None:
     def task(config: DictConfig) -> float | None:
         from hydra.core.hydra_config import HydraConfig
 
+        sys.argv = [program, verb, *overrides]  # what a strategy starts its other processes with
         folder = Path(HydraConfig.get().runtime.output_dir)
         module = importlib.import_module(f"lightning_cnn.app.{verb}")
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notes on hardware and products are not this run's
@@ -93,6 +94,7 @@ def _hydra(verb: str, overrides: list[str]) -> None:
             warnings.filterwarnings("ignore", message=noise)
         return module.run(config, folder)
 
+    program = sys.argv[0]
     sys.argv = [f"lightning-cnn {verb}", *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # a traceback of ours says more than Hydra's shortened one
     hydra.main(version_base="1.3", config_path="pkg://lightning_cnn.conf", config_name=verb)(task)()

@@ -5,11 +5,13 @@ reported, nothing lost between pushed and applied. All: a killed worker is survi
 and no process is left behind.
 """
 
-import contextlib
+import json
 import os
-import random
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +40,8 @@ def runs(launch, tmp_path_factory):
 
 
 def test_the_table_has_every_name():
-    assert set(ALL) == set(NAMES)
+    """Elastic's replicas are jobs of their own: its promises are kept in test_elastic."""
+    assert {*ALL, "elastic"} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", SYNC)
@@ -132,23 +135,12 @@ def test_a_killed_rank_zero_is_named_too(job):
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", ALL)
-def test_a_hundred_kills_at_random_moments(launch, tmp_path, name):
-    """From the first import to the last epoch, either rank: no hang, no orphan, and an error that names the victim where one is due."""
-    moments = random.Random(name)
-    for kill in range(int(os.environ.get("KILLS", "100"))):
-        out = tmp_path / str(kill)
-        out.mkdir()
-        victim, moment_s = moments.randrange(2), moments.uniform(0, 8)
-        done = launch(out, {"strategy": name, "epochs": 40, "sleep_s": 0.02, "batch": 8, "samples": 64})
-        while len(list(out.glob("pid*"))) < 2 and done.process.poll() is None:  # importing torch is not what is tested
-            time.sleep(0.02)
-        time.sleep(moment_s)
-        ended = done.process.poll() is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int((out / f"pid{victim}").read_text()), signal.SIGKILL)
-        began, survivor = time.monotonic(), 1 - victim
-        assert done.gone(within_s=40), f"kill {kill} of rank {victim} after {moment_s:.2f} s: {done.output}"
-        if ended or (name in SURVIVES and victim):
-            continue
-        assert time.monotonic() - began < 15, f"kill {kill} of rank {victim} after {moment_s:.2f} s took too long: {done.output}"
-        assert f"rank {victim} of 2" in done.output or done.finished(survivor), f"kill {kill} after {moment_s:.2f} s: {done.output}"
+def test_a_hundred_kills_at_random_moments(name, tmp_path):
+    """Either rank, from the first meeting to the last epoch: no hang, no orphan, and an error that names the victim where one is due."""
+    script = Path(__file__).with_name("kills.py")
+    command = [sys.executable, script, name, "--kills", os.environ.get("KILLS", "100"), "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    sys.stdout.write(done.stdout)  # pytest -s shows the counts
+    lines = [json.loads(line) for line in (tmp_path / "kills.jsonl").read_text().splitlines()]
+    wrong = [line for line in lines if line["how"] not in ("named", "survived", "finished", "over before the kill")]
+    assert not wrong, done.stderr[-2000:]

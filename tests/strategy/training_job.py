@@ -204,7 +204,8 @@ def main() -> None:
     faulthandler.dump_traceback_later(float(os.environ.get("JOB_LIMIT_S", "100")), exit=True)  # a hang shows where, and ends
     import lightning_cnn.strategy  # noqa: F401  registers the names
 
-    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+    names = ("REPLICA_GROUP_ID", "RANK", "LOCAL_RANK")
+    rank = int(next((os.environ[name] for name in names if name in os.environ), 0))
     for number, options in enumerate(json.loads(sys.argv[1])):
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
