@@ -119,7 +119,9 @@ def test_memory_and_http_are_read_in_bounded_space(folder, tmp_path, server):
 
 def test_the_windowed_order_has_every_sample_once_and_few_shards_at_a_time(folder, tmp_path):
     options = {"order": "windowed", "window": 2, "batch_size": 10}
-    first, second = (torch.cat([index for *_, index in batches(module(f"{folder}/x-*.pack", tmp_path, seed=k, **options))]) for k in (1, 2))
+    first, second = (
+        torch.cat([index for *_, index in batches(module(f"{folder}/x-*.pack", tmp_path, seed=k, **options))]) for k in (1, 2)
+    )
     assert sorted(first.tolist()) == list(range(SAMPLES))
     assert not torch.equal(first, second)
     assert all(len({int(i) // 10 for i in first[start : start + 20]}) == 2 for start in range(0, SAMPLES, 20))
