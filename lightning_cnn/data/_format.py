@@ -23,6 +23,7 @@ from xxhash import xxh3_64_intdigest
 
 from lightning_cnn.errors import DataError
 from lightning_cnn.files import replacing
+from lightning_cnn.kernels.checksum import SHORT, first_wrong
 
 MAGIC, VERSION, PAGE = b"LCNNPACK", 1, 4096
 CODECS = ("raw", "jpeg")
@@ -74,9 +75,9 @@ class Packed:
 
     def __init__(self, path: str | Path, *, verify: bool = True) -> None:
         self.path = Path(path)
-        self.mapping = _map(self.path)
+        self.mapping = map_file(self.path)
         self.bytes = np.frombuffer(self.mapping, np.uint8)
-        self.header = _read_header(self.path, self.bytes)
+        self.header = read_header(self.path, self.bytes)
         h = self.header
         metadata = self._part("metadata", h.metadata_offset, h.metadata_bytes, h.metadata_checksum if verify else None)
         index = self._part("index", h.index_offset, h.index_bytes, h.index_checksum if verify else None)
@@ -133,7 +134,7 @@ class Packed:
         raise DataError(f"{self.path}: damaged at byte {offset}: {what}. Pack the source again, or fetch the file again.")
 
 
-def _map(path: Path) -> mmap.mmap:
+def map_file(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -144,7 +145,7 @@ def _map(path: Path) -> mmap.mmap:
         raise DataError(f"{path}: cannot be opened: {error.strerror or error}.") from error
 
 
-def _read_header(path: Path, file: np.ndarray) -> Header:
+def read_header(path: Path, file: np.ndarray) -> Header:
     raw = file[:HEADER_BYTES].tobytes()
     if raw[: len(MAGIC)] != MAGIC:
         raise DataError(f"{path}: damaged at byte 0: not a packed file (it starts with {raw[:8]!r}, expected {MAGIC!r}).")
@@ -172,6 +173,16 @@ def _header_problems(h: Header, size: int) -> Iterator[str] | list[str]:
         "index outside of the file": h.index_offset % 8 == 0 and h.index_offset + h.index_bytes <= size,
     }
     return [problem for problem, fine in checks.items() if not fine]
+
+
+def check_payload(file: Packed) -> None:
+    """Compare every sample with its checksum."""
+    index = file.index
+    length, offset = index["length"].astype(np.int64), index["offset"].astype(np.int64)
+    long = length > SHORT
+    wrong = first_wrong(file.bytes, offset, (length, index["checksum"].astype(np.uint64), long))
+    for position in [wrong] if wrong >= 0 else np.flatnonzero(~long):
+        file.check_sample(int(position))
 
 
 def write(path: str | Path, records: Iterator[Record], *, codec: str, channels: int, metadata: "dict[str, Any] | Any") -> Header:

@@ -186,18 +186,24 @@ def crop_resize(source, offset, width, box, flip, scale, bias, out, entry, check
                 ready += 1
             _blend_rows(ring, first, last, wy, y, blend)
             target = out[entry[b], y].reshape(3 * size)
-            _deliver(blend, gain, shift, target, streamed)
+            if streamed:
+                for k in range(0, 3 * size, 8):
+                    stream_scaled(blend, gain, shift, target, k)
+            else:
+                _deliver(blend, gain, shift, target)
     fence()
     return -1
 
 
 @njit(cache=True, nogil=True, boundscheck=False, fastmath=True, error_model="numpy")
 def crop_padded(source, offset, height, width, box, flip, scale, bias, out, entry, check):
-    """As `crop_resize` without resizing: `box` has the size of the output and may reach beyond the picture, where it is black."""
+    """As `crop_resize` without resizing: `box` has the size of the output and may reach beyond the picture, where it is black.
+
+    For small pictures, whose batches stay in the last cache until the network reads them: nothing is written past it.
+    """
     size = out.shape[1]
     gain, shift = _channel_pattern(scale, size), _channel_pattern(bias, size)
     black, row = np.zeros(3 * size, np.float32), np.empty(3 * size, np.float32)
-    streamed = out.itemsize == 4 and size % 8 == 0 and out.ctypes.data % 32 == 0
     for b in range(len(offset)):
         if wrong(source, offset, check, b):
             return b
@@ -207,7 +213,7 @@ def crop_padded(source, offset, height, width, box, flip, scale, bias, out, entr
         for y in range(size):
             target = out[entry[b], y].reshape(3 * size)
             if not (0 <= top + y < height[b] and low < high):
-                _deliver(black, gain, shift, target, streamed)
+                _deliver(black, gain, shift, target)
                 continue
             begin = offset[b] + 3 * ((top + y) * width[b] + left + low)
             line = source[begin : begin + 3 * (high - low)]
@@ -219,19 +225,14 @@ def crop_padded(source, offset, height, width, box, flip, scale, bias, out, entr
             else:
                 for k in range(3 * (high - low)):
                     row[3 * low + k] = line[k]
-            _deliver(row, gain, shift, target, streamed)
-    fence()
+            _deliver(row, gain, shift, target)
     return -1
 
 
 @njit(cache=True, nogil=True, boundscheck=False, fastmath=True, forceinline=True)
-def _deliver(row, gain, shift, target, streamed):
-    if streamed:
-        for k in range(0, len(row), 8):
-            stream_scaled(row, gain, shift, target, k)
-    else:
-        for k in range(len(row)):
-            target[k] = row[k] * gain[k] + shift[k]
+def _deliver(row, gain, shift, target):
+    for k in range(len(row)):
+        target[k] = row[k] * gain[k] + shift[k]
 
 
 @njit(cache=True, nogil=True, boundscheck=False)
