@@ -16,6 +16,7 @@ from .decaf_report import DecafReport as DecafReport
 from .discriminative_lr import DiscriminativeLR as DiscriminativeLR
 from .ema import EMA as EMA
 from .evaluation_report import EvaluationReport as EvaluationReport
+from .exact_resume import ExactResume as ExactResume
 from .feature_cache import FeatureCache as FeatureCache
 from .frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm
 from .gradual_unfreezing import GradualUnfreezing as GradualUnfreezing
