@@ -25,6 +25,7 @@ from .lr_range_test import LRRangeTest as LRRangeTest
 from .marginalize import Marginalize as Marginalize
 from .mixup import MixUp as MixUp
 from .model_soup import ModelSoup as ModelSoup
+from .nan_guard import NaNGuard as NaNGuard
 from .network_noise import NetworkNoise as NetworkNoise
 from .progressive_resizing import ProgressiveResizing as ProgressiveResizing
 from .random_erasing import RandomErasing as RandomErasing
