@@ -21,6 +21,7 @@ from .ema import EMA as EMA
 from .evaluation_report import EvaluationReport as EvaluationReport
 from .fast_inference import FastInference as FastInference
 from .fast_training import FastTraining as FastTraining
+from .exact_resume import ExactResume as ExactResume
 from .feature_cache import FeatureCache as FeatureCache
 from .frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm
 from .gradual_unfreezing import GradualUnfreezing as GradualUnfreezing
@@ -30,6 +31,7 @@ from .lr_range_test import LRRangeTest as LRRangeTest
 from .marginalize import Marginalize as Marginalize
 from .mixup import MixUp as MixUp
 from .model_soup import ModelSoup as ModelSoup
+from .nan_guard import NaNGuard as NaNGuard
 from .network_noise import NetworkNoise as NetworkNoise
 from .progressive_resizing import ProgressiveResizing as ProgressiveResizing
 from .random_erasing import RandomErasing as RandomErasing
