@@ -253,7 +253,7 @@ class Pipeline(OneReplica):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state = super().optimizer_state(optimizer)
-        if self._network is None:
+        if self.world_size == 1:
             return state
         parts: list[Any] = [None] * self.world_size
         dist.gather_object(_on_cpu(state["state"]), parts if self.is_global_zero else None)
