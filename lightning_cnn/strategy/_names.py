@@ -8,6 +8,9 @@ NAMES = {
     "delayed_averaging": "DelayedAveraging",
     "elastic": "Elastic",
     "local_sgd": "LocalSGD",
+    "one_weird_trick": "OneWeirdTrick",
+    "pipeline": "Pipeline",
+    "spatial": "Spatial",
     "sync_ddp": "SyncDDP",
 }
 

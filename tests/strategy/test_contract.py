@@ -20,16 +20,18 @@ from training_job import Options, digest, run
 from lightning_cnn.strategy._names import NAMES
 
 SAMPLES, EPOCHS = 64, 2
-SYNC = {"sync_ddp": {}, "local_sgd": {"period": 1}}
+SYNC = {"sync_ddp": {}, "local_sgd": {"period": 1}, "one_weird_trick": {}}
+DIVIDED = {"spatial": {}, "pipeline": {}}  # all processes hold one model together and see the same batches
 ASYNC = {"delayed_averaging": {}, "async_sgd": {}}
 SURVIVES = {"async_sgd": {}}
-ALL = {**SYNC, **ASYNC, **SURVIVES}
+ALL = {**SYNC, **DIVIDED, **ASYNC, **SURVIVES}
 
 
 @pytest.fixture(scope="module")
 def runs(launch, tmp_path_factory):
     """Every strategy once, in one pair of processes; rank 1 is three times slower for the asynchronous ones."""
     table = [{"strategy": name, "kwargs": kwargs, "batch": 4} for name, kwargs in SYNC.items()]
+    table += [{"strategy": name, "kwargs": kwargs, "batch": 8, "loader": "same"} for name, kwargs in DIVIDED.items()]
     table += [
         {"strategy": name, "kwargs": kwargs, "batch": 2, "sleep_s": 0.004, "slow_rank": 1, "shuffle": True, "optimizer": "momentum"}
         for name, kwargs in ASYNC.items()
@@ -44,7 +46,7 @@ def test_the_table_has_every_name():
     assert {*ALL, "elastic"} == set(NAMES)
 
 
-@pytest.mark.parametrize("name", SYNC)
+@pytest.mark.parametrize("name", [*SYNC, *DIVIDED])
 def test_two_processes_take_the_steps_of_one(runs, name):
     """float64: the only difference is the order of a sum of 8 gradients."""
     _, alone = run(Options(ranks=1, batch=8, samples=SAMPLES), "auto")
@@ -65,13 +67,14 @@ def test_the_slow_rank_does_less(runs, name):
     assert fast > 1.5 * slow
 
 
-@pytest.mark.parametrize("name", [*SYNC, *ASYNC])
+@pytest.mark.parametrize("name", [*SYNC, *DIVIDED, *ASYNC])
 def test_ranks_end_with_the_same_weights_and_metrics(runs, name):
     first, second = runs[name][0], runs[name][1]
     assert first["weights"] == second["weights"]
     for metric in ("val_loss", "val_acc"):
         assert first["metrics"][metric] == second["metrics"][metric]
-    assert first["values"] == [1.0] * EPOCHS, "the sum of the ranks' numbers at each validation"
+    if name not in DIVIDED:
+        assert first["values"] == [1.0] * EPOCHS, "the sum of the ranks' numbers at each validation"
 
 
 @pytest.mark.parametrize("name", ASYNC)
@@ -93,7 +96,10 @@ def test_it_learns(runs, name):
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in SURVIVES])
 def test_a_killed_worker_is_named_within_ten_seconds(job, name):
-    done = job({"strategy": name, "kill_rank": 1, "kill_step": 3, "epochs": 50, "samples": 400, "sleep_s": 0.01}).wait()
+    loader = "same" if name in DIVIDED else "torch"
+    done = job(
+        {"strategy": name, "kill_rank": 1, "kill_step": 3, "epochs": 50, "samples": 400, "sleep_s": 0.01, "loader": loader}
+    ).wait()
     facts = done[0][0]
     assert facts["error"] == "DistributedError"
     assert "rank 1 of 2 died" in facts["message"]
