@@ -34,7 +34,9 @@ def run(config: DictConfig, folder: Path) -> float:
     with torch.inference_mode():
         difference = float((again(pictures) - model(pictures)).abs().max())
     if not difference <= ATOL:
-        raise RuntimeError(f"{out} answers differently: a logit is off by {difference:.1e}, more than {ATOL:g}. Please report the network.")
+        raise RuntimeError(
+            f"{out} answers differently: a logit is off by {difference:.1e}, more than {ATOL:g}. Please report the network."
+        )
     print(f"{out}: {out.stat().st_size / 2**20:.1f} MB, largest difference of a logit {difference:.1e} on {len(pictures)} pictures")
     print(folder)
     return difference

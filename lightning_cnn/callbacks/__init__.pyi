@@ -19,9 +19,9 @@ from .device_prefetch import DevicePrefetch as DevicePrefetch
 from .discriminative_lr import DiscriminativeLR as DiscriminativeLR
 from .ema import EMA as EMA
 from .evaluation_report import EvaluationReport as EvaluationReport
+from .exact_resume import ExactResume as ExactResume
 from .fast_inference import FastInference as FastInference
 from .fast_training import FastTraining as FastTraining
-from .exact_resume import ExactResume as ExactResume
 from .feature_cache import FeatureCache as FeatureCache
 from .frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm
 from .gradual_unfreezing import GradualUnfreezing as GradualUnfreezing

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from lightning_cnn.errors import ConfigurationError, UnsupportedLayerError, raise_all
 from lightning_cnn.nn.stages import evaluating
 from lightning_cnn.strategy._cut import Chain
-from lightning_cnn.strategy._doctor import Diagnosis, batch_norms
 from lightning_cnn.strategy._divided import OneReplica
+from lightning_cnn.strategy._doctor import Diagnosis, batch_norms
 from lightning_cnn.strategy._stages import SCHEDULES, Runner, micro_batches_problem, places
 from lightning_cnn.strategy._step import Deliver, Reached, bare, network_of, quiet
 
