@@ -30,6 +30,8 @@ def run(config: DictConfig, folder: Path) -> float | None:
         numbers |= _tested(trainer, model, data)
     if not trainer.is_global_zero:
         return None
+    if not trainer.is_global_zero:
+        return None  # one process of a run reports
     _report.pictures(folder, trainer, model, data)
     return _report.finish(folder, numbers, title=config.name, loaded=getattr(model, "loaded", None))
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lightning_cnn.errors import NoEffectWarning, raise_all
 from lightning_cnn.strategy._band import Band, divide, whole
+from lightning_cnn.strategy._divided import OneReplica
 from lightning_cnn.strategy._doctor import Diagnosis, batch_norms
 from lightning_cnn.strategy._grid import Grid
-from lightning_cnn.strategy._divided import OneReplica
 
 log = logging.getLogger(__name__)
 
