@@ -29,7 +29,7 @@ def run(config: DictConfig, folder: Path) -> float | None:
     if config.test:
         numbers |= _tested(trainer, model, data)
     if not trainer.is_global_zero:
-        return None
+        return None  # one process of a run reports
     left_out = getattr(data, "left_out", ())
     if left_out:
         numbers["pictures_left_out"] = len(left_out)

@@ -85,7 +85,8 @@ class Kill:
         self.victim, (self.epochs, *window) = draw.randrange(2), draw.choices(list(WINDOWS), list(WINDOWS.values()))[0]
         self.moment_s = draw.uniform(*window)
         out.mkdir(parents=True)
-        options = dict(strategy=name, epochs=self.epochs, sleep_s=0.04, batch=16, samples=64, out=str(out))
+        loader = "same" if name in ("spatial", "pipeline") else "torch"  # these see the same batches everywhere
+        options = dict(strategy=name, epochs=self.epochs, sleep_s=0.04, batch=16, samples=64, out=str(out), loader=loader)
         env = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "LOCAL_", "NODE_", "WORLD_"))}
         self.parent = os.fork()
         if self.parent == 0:
