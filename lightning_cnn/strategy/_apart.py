@@ -156,6 +156,10 @@ class Apart(Watched, ParallelStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         assert self.lightning_module is not None
+        loop = self.lightning_module.trainer.fit_loop
+        if self.sampler is not None and loop.restarting:  # the loader was there before the checkpoint: it begins anew, where that ended
+            loop._load_combined_loader_states()
+            iter(loop._data_fetcher)  # type: ignore[arg-type]
         self.start(self.lightning_module.trainer)
 
     def settle_once(self) -> None:

@@ -63,8 +63,7 @@ class StealingSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         index, (resumed, done) = self._which_epoch(), self._resume
-        before = done if resumed == index else frozenset()
-        self._resume = (-1, frozenset())
+        before = done if resumed == index else frozenset()  # kept: Lightning may begin a resumed epoch's iteration twice
         batches = plan(self._order(index), self.batch_size, self.total, before, self.team.size)
         self._epochs.append(_Epoch(index, f"{self.name}/{self._visits}", batches, before))
         self._hand.clear()
@@ -94,6 +93,7 @@ class StealingSampler(Sampler[list[int]]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._resume = (int(state["epoch"]), frozenset(state["done"]))
+        self._epochs.clear()  # what was begun before belongs to nobody
 
     @property
     def epoch(self) -> int:

@@ -34,6 +34,7 @@ def save_and_stop(trainer: Trainer) -> NoReturn:
     """All ranks are here: save beside the other checkpoints, and leave training."""
     folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
     path = Path(folder, FILE)
-    trainer.save_checkpoint(path)
-    log.warning("SIGTERM: saved %s in epoch %d, step %d; resume from it", path, trainer.current_epoch, trainer.global_step)
+    trainer.save_checkpoint(path, weights_only=False)
+    if trainer.is_global_zero:
+        log.warning("SIGTERM: saved %s in epoch %d, step %d; resume from it", path, trainer.current_epoch, trainer.global_step)
     raise SIGTERMException
