@@ -7,6 +7,7 @@ import builtins
 import inspect
 import io
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from lightning_cnn.callbacks import (
     HorizontalFlip,
     Marginalize,
     MixUp,
+    ModelSoup,
     NetworkNoise,
     ProgressiveResizing,
     RandomErasing,
@@ -45,6 +47,15 @@ from lightning_cnn.callbacks import (
 from lightning_cnn.data._loader import CountedLoader
 from lightning_cnn.data._order import Order, shuffled
 from lightning_cnn.functional.batch import Batch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder():
+    """Where reports are written, with one checkpoint for those that read some."""
+    FOLDER.mkdir(exist_ok=True)
+    torch.save({"state_dict": Tiny().state_dict()}, FOLDER / "other.ckpt")
+    yield
+    shutil.rmtree(FOLDER)
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,12 @@ CASES = [
     Case("temperature_scaling", TemperatureScaling, plain_evaluation=False, trains_differently=False),
     Case("evaluation_report", lambda: EvaluationReport(compare={"flip": ["flip"]}, folder=str(FOLDER)), trains_differently=False),
     Case("decaf_report", lambda: DecafReport(shots=[None], folder=str(FOLDER)), trains_differently=False),
+    Case(
+        "model_soup",
+        lambda: ModelSoup(members=[str(FOLDER / "*.ckpt")], method="uniform"),
+        plain_evaluation=False,
+        trains_differently=False,
+    ),
     Case("architecture_summary", lambda: ArchitectureSummary(), off=lambda: ArchitectureSummary(), trains_differently=False),
 ]
 
