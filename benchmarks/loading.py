@@ -2,7 +2,10 @@
 
 Pictures are cut from the two photographs of scikit-learn: JPEGs of 400 x 350 and about 40 KB. Every loader is the one a Trainer
 would be given, with labels; peers run interleaved, in rounds, two workers each, and medians are reported. Peers that are not
-installed are named.
+installed are named. To have them all (Debian 12):
+
+    apt install libopencv-dev libturbojpeg0-dev pkg-config libavdevice59 libavfilter8
+    pip install ffcv spdl grain litdata webdataset psutil
 """
 
 import argparse
@@ -24,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import _loading_peers as peers
 import numpy as np
 import torch
-from _bench import Row, compare, interleave, medians, missing, report
+from _bench import Row, compare, interleave, medians, missing, report, seconds
 from PIL import Image
 
 WORK = "RandomResizedCrop 224, flip, normalise"
@@ -89,8 +92,11 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module.split(".")[0]) is not None
 
 
-def rates(streams: dict[str, Iterator[int]], batches: int, n: int) -> dict[str, tuple[float, float]]:
-    """(pictures a second, CPU microseconds a picture) of each stream, in rounds.
+def rates(
+    streams: dict[str, Iterator[int]], batches: int, n: int, longer: dict[str, int] | None = None
+) -> dict[str, tuple[float, float]]:
+    """(pictures a second, CPU microseconds a picture) of each stream, in rounds; CPU time comes in steps of 10 ms, so a fast stream runs
+    so many times `longer`.
 
     Workers of the streams that wait go on until their queues are full, and a stream's turn starts with what it had queued: so each turn
     first lets the others settle, then empties its own queue, unmeasured.
@@ -101,16 +107,18 @@ def rates(streams: dict[str, Iterator[int]], batches: int, n: int) -> dict[str, 
             time.sleep(0.3)
             peers.take(stream, 5)
             start, cpu = time.perf_counter(), cpu_seconds()
-            count = peers.take(stream, batches)
+            count = peers.take(stream, batches * (longer or {}).get(name, 1))
             results[name].append((count / (time.perf_counter() - start), (cpu_seconds() - cpu) / count * 1e6))
     return {name: (median(rate for rate, _ in values[1:]), median(cost for _, cost in values[1:])) for name, values in results.items()}
 
 
-def both(row: str, peer: str, ours: tuple[float, float], theirs: tuple[float, float], bar: float | None, n: int) -> list[Row]:
+def both(
+    row: str, peer: str, ours: tuple[float, float], theirs: tuple[float, float], bar: float | None, n: int, cpu_bar: float | None = None
+) -> list[Row]:
     """Pictures a second decide; CPU time says the same on a machine that is shared."""
     return [
         compare(row, peer, ours[0], theirs[0], "img/s", larger_is_better=True, bar=bar, n=n),
-        compare(f"{row} (CPU time)", peer, ours[1], theirs[1], "us/img", larger_is_better=False, n=n),
+        compare(f"{row} (CPU time)", peer, ours[1], theirs[1], "us/img", larger_is_better=False, bar=cpu_bar, n=n),
     ]
 
 
@@ -125,7 +133,7 @@ def raw(folder: Path, batches: int, n: int) -> list[Row]:
     row, streams = f"raw 256: {WORK}", {"ours": peers.ours(folder / "raw.pack"), "off": peers.ours(folder / "raw.pack", verify="off")}
     if installed("ffcv"):
         streams["FFCV raw"] = peers.ffcv(folder, "raw")
-    got = rates(streams, batches, n)
+    got = rates(streams, batches, n, {"ours": 4, "off": 4})
     rows = both("verify=sample, after each first reading", "verify=off", got["ours"], got["off"], 0.95, n)
     if "FFCV raw" not in got:
         return [*rows, missing(row, "FFCV raw", peers.INSTALL["ffcv"])]
@@ -138,10 +146,10 @@ def verification(folder: Path, n: int) -> list[Row]:
 
     def one_pass(lane: str, verify: str) -> float:
         module = PackedDataModule(train=folder / "raw.pack", lane=lane, size=224 if lane == "fused" else None, threads=2, verify=verify)
-        start = cpu_seconds()
+        start = time.process_time()
         for _ in module.loader("train", shuffle=True):
             pass
-        return cpu_seconds() - start
+        return time.process_time() - start
 
     rows = []
     for lane in ("fused", "gather"):
@@ -159,18 +167,50 @@ def jpeg(folder: Path, batches: int, n: int) -> list[Row]:
     return both(row, "FFCV jpg", got["ours"], got["FFCV jpg"], 1.5, n)
 
 
-def files(folder: Path, batches: int, n: int) -> list[Row]:
+FILES = {
+    "torchvision v2 + DataLoader": ("torchvision", peers.torchvision_v2),
+    "DALI (CPU)": ("nvidia.dali", peers.dali),
+    "SPDL": ("spdl.io", peers.spdl),
+}
+STREAMS = {
+    "grain": ("grain", peers.grain),
+    "litdata": ("litdata", peers.litdata),
+    "webdataset": ("webdataset", peers.webdataset),
+}
+
+
+def against(menu: dict, folder: Path, batches: int, n: int) -> list[Row]:
+    """Packed pictures against the same pictures as JPEGs, in files or in the peer's own format."""
     row = f"raw 256 against JPEGs: {WORK}"
-    menu = {
-        "torchvision v2 + DataLoader": ("torchvision", peers.torchvision_v2), "DALI (CPU)": ("nvidia.dali", peers.dali),
-        "SPDL": ("spdl.io", peers.spdl), "grain": ("grain", peers.grain), "litdata": ("litdata", peers.litdata),
-        "webdataset": ("webdataset", peers.webdataset),
-    }  # fmt: skip
     present = {name: make(folder) for name, (module, make) in menu.items() if installed(module)}
-    got = rates({"ours": peers.ours(folder / "raw.pack"), **present}, batches, n)
+    got = rates({"ours": peers.ours(folder / "raw.pack"), **present}, max(batches // 3, 1), n, {"ours": 12})
     bars = {"torchvision v2 + DataLoader": 15.0}
     rows = [line for name in present for line in both(row, name, got["ours"], got[name], bars.get(name), n)]
     return rows + [missing(row, name, peers.INSTALL[module]) for name, (module, _) in menu.items() if name not in present]
+
+
+def files(folder: Path, batches: int, n: int) -> list[Row]:
+    return against(FILES, folder, batches, n)
+
+
+def streams(folder: Path, batches: int, n: int) -> list[Row]:
+    return against(STREAMS, folder, batches, n)
+
+
+def opened(folder: Path, batches: int, n: int) -> list[Row]:
+    """A file of a million records, opened with all checksums of header, metadata and index."""
+    from lightning_cnn.data._format import INDEX, PAGE, Packed, _header
+
+    index, path = np.zeros(1_000_000, INDEX), folder / "million.pack"
+    index["offset"], index["length"], index["height"], index["width"] = PAGE + 3 * np.arange(len(index)), 3, 1, 1
+    header = _header(index, b"{}", 3 * len(index), 0, 3)
+    with path.open("wb") as file:
+        for place, data in ((0, header.pack()), (header.metadata_offset, b"{}"), (header.index_offset, index.tobytes())):
+            file.seek(place)
+            file.write(data)
+    took = median(seconds(lambda: Packed(path)) for _ in range(3 * n))
+    path.unlink()
+    return [compare("open a million records", "the bar", 1e3 * took, 50, "ms", larger_is_better=False, bar=1, n=3 * n)]
 
 
 def gather(folder: Path, batches: int, n: int) -> list[Row]:
@@ -205,8 +245,8 @@ def small(folder: Path, batches: int, n: int) -> list[Row]:
         "ours": peers.ours(folder / "small.pack", size=None, crop="padded", batch_size=512),
         "theirs": peers.small_pil(arrays, images.labels),
     }
-    got = rates(streams, 3 * batches, n)
-    return both("32 x 32: padded crop, flip, normalise", "DataLoader + PIL", got["ours"], got["theirs"], None, n)
+    got = rates(streams, 2 * batches, n, {"ours": 20})
+    return both("32 x 32: padded crop, flip, normalise", "DataLoader + PIL", got["ours"], got["theirs"], None, n, 50.0)
 
 
 FRESH = """
@@ -231,14 +271,14 @@ print(first, peak)
 
 def fresh(folder: Path, batches: int, n: int) -> list[Row]:
     """A new process each time, kernels compiled before."""
-    seconds, megabytes = [], []
+    waited, megabytes = [], []
     for batch_size in (64, 128, 128):
         command = [sys.executable, "-c", FRESH, str(folder / "raw.pack"), str(batch_size)]
         first, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        seconds.append(float(first))
+        waited.append(float(first))
         megabytes.append(float(peak))
     streamed = f"peak private memory, {(folder / 'raw.pack').stat().st_size / 1e6:.0f} MB streamed"
-    first = sorted(seconds)[len(seconds) // 2]
+    first = median(waited)
     return [
         compare("first batch, kernels cached", "the bar", first, 0.5, "s", larger_is_better=False, bar=1, n=3),
         compare(f"{streamed}, batch 64", "the bar", megabytes[0], 300, "MB", larger_is_better=False, bar=1, n=1),
@@ -261,7 +301,10 @@ def dali(folder: Path, batches: int, n: int) -> list[Row]:
     return [*folder_rows, *both(f"lane=dali, raw 256, {row}", "DALI's own reader of JPEGs", got["packed"], got["theirs"], None, n)]
 
 
-GROUPS = {"raw": raw, "jpeg": jpeg, "files": files, "gather": gather, "small": small, "fresh": fresh, "dali": dali}
+GROUPS = {
+    "raw": raw, "jpeg": jpeg, "files": files, "streams": streams, "gather": gather, "small": small, "opened": opened, "fresh": fresh,
+    "dali": dali,
+}  # fmt: skip
 
 
 def main() -> None:

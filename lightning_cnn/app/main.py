@@ -65,6 +65,10 @@ def _run(verb: str, overrides: list[str]) -> int:
     from lightning_cnn.errors import LightningCNNError
 
     try:
+        if verb == "bench":
+            from lightning_cnn.app import bench
+
+            overrides = bench.words(overrides)
         if not any(word.startswith(("-h", "--help", "--hydra-help", "--info", "-i", "--version", "-sc")) for word in overrides):
             overrides = _checkpoint.with_overrides_of_its_run(verb, overrides)
             _check.composition(verb, overrides)
@@ -82,6 +86,7 @@ def _hydra(verb: str, overrides: list[str]) -> None:
     def task(config: DictConfig) -> float | None:
         from hydra.core.hydra_config import HydraConfig
 
+        sys.argv = [program, verb, *overrides]  # what a strategy starts its other processes with
         folder = Path(HydraConfig.get().runtime.output_dir)
         module = importlib.import_module(f"lightning_cnn.app.{verb}")
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notes on hardware and products are not this run's
@@ -89,6 +94,7 @@ def _hydra(verb: str, overrides: list[str]) -> None:
             warnings.filterwarnings("ignore", message=noise)
         return module.run(config, folder)
 
+    program = sys.argv[0]
     sys.argv = [f"lightning-cnn {verb}", *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # a traceback of ours says more than Hydra's shortened one
     hydra.main(version_base="1.3", config_path="pkg://lightning_cnn.conf", config_name=verb)(task)()

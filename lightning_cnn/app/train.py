@@ -28,6 +28,8 @@ def run(config: DictConfig, folder: Path) -> float | None:
     numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if config.test:
         numbers |= _tested(trainer, model, data)
+    if not trainer.is_global_zero:
+        return None
     _report.pictures(folder, trainer, model, data)
     return _report.finish(folder, numbers, title=config.name, loaded=getattr(model, "loaded", None))
 

@@ -9,14 +9,11 @@ Everything that is not in the header is reached through it, so a file is readabl
 last, into a file that has its final name only after everything has reached the disk.
 """
 
-import errno
-import fcntl
 import json
 import mmap
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,8 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from lightning_cnn.errors import DataError
+from lightning_cnn.files import replacing
+from lightning_cnn.kernels.checksum import SHORT, first_wrong
 
 MAGIC, VERSION, PAGE = b"LCNNPACK", 1, 4096
 CODECS = ("raw", "jpeg")
@@ -76,9 +75,9 @@ class Packed:
 
     def __init__(self, path: str | Path, *, verify: bool = True) -> None:
         self.path = Path(path)
-        self.mapping = _map(self.path)
+        self.mapping = map_file(self.path)
         self.bytes = np.frombuffer(self.mapping, np.uint8)
-        self.header = _read_header(self.path, self.bytes)
+        self.header = read_header(self.path, self.bytes)
         h = self.header
         metadata = self._part("metadata", h.metadata_offset, h.metadata_bytes, h.metadata_checksum if verify else None)
         index = self._part("index", h.index_offset, h.index_bytes, h.index_checksum if verify else None)
@@ -135,7 +134,7 @@ class Packed:
         raise DataError(f"{self.path}: damaged at byte {offset}: {what}. Pack the source again, or fetch the file again.")
 
 
-def _map(path: Path) -> mmap.mmap:
+def map_file(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -146,7 +145,7 @@ def _map(path: Path) -> mmap.mmap:
         raise DataError(f"{path}: cannot be opened: {error.strerror or error}.") from error
 
 
-def _read_header(path: Path, file: np.ndarray) -> Header:
+def read_header(path: Path, file: np.ndarray) -> Header:
     raw = file[:HEADER_BYTES].tobytes()
     if raw[: len(MAGIC)] != MAGIC:
         raise DataError(f"{path}: damaged at byte 0: not a packed file (it starts with {raw[:8]!r}, expected {MAGIC!r}).")
@@ -174,6 +173,16 @@ def _header_problems(h: Header, size: int) -> Iterator[str] | list[str]:
         "index outside of the file": h.index_offset % 8 == 0 and h.index_offset + h.index_bytes <= size,
     }
     return [problem for problem, fine in checks.items() if not fine]
+
+
+def check_payload(file: Packed) -> None:
+    """Compare every sample with its checksum."""
+    index = file.index
+    length, offset = index["length"].astype(np.int64), index["offset"].astype(np.int64)
+    long = length > SHORT
+    wrong = first_wrong(file.bytes, offset, (length, index["checksum"].astype(np.uint64), long))
+    for position in [wrong] if wrong >= 0 else np.flatnonzero(~long):
+        file.check_sample(int(position))
 
 
 def write(path: str | Path, records: Iterator[Record], *, codec: str, channels: int, metadata: "dict[str, Any] | Any") -> Header:
@@ -210,46 +219,6 @@ def _header(table: np.ndarray, text: bytes, payload_bytes: int, codec: int, chan
         metadata_bytes=len(text), index_offset=index_offset, index_bytes=table.nbytes, file_bytes=index_offset + table.nbytes,
         metadata_checksum=xxh3_64_intdigest(text), index_checksum=xxh3_64_intdigest(table.tobytes()),
     )  # fmt: skip
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A file that appears under its name complete and on the disk, or not at all.
-
-    It grows under one temporary name beside it, locked: a killed writer leaves that behind and the next one reuses it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("ab") as lock:
-        _lock(lock, path)
-        try:
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            _sync_folder(path.parent)
-        except BaseException as error:
-            with suppress(FileNotFoundError):
-                partial.unlink()
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise DataError(f"{path}: the disk is full; nothing was written. Free some space or choose another folder.") from error
-            raise
-
-
-def _lock(file: Any, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DataError(f"{path}: another process is writing it. Wait for it, or choose another name.") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 assert len(fields(Header)) == len(HEADER.unpack(bytes(HEADER.size)))

@@ -1,5 +1,6 @@
 """`PackedImages`: packed files as a map-style dataset for anyone's DataLoader."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +12,11 @@ from torch.utils.data import Dataset
 
 from lightning_cnn.data import _jpeg
 from lightning_cnn.data._format import Packed
+from lightning_cnn.data._remote import RemoteShards, expand, is_url
 from lightning_cnn.errors import ConfigurationError, DataError
+from lightning_cnn.kernels.checksum import SHORT, first_wrong
 
+Check = tuple[np.ndarray, np.ndarray, np.ndarray]  # of each sample: length, checksum, whether to look
 Verify = Literal["open", "sample", "off"]
 
 
@@ -20,13 +24,27 @@ class PackedImages(Dataset):
     """(uint8 tensor (3 h w), label) from one packed file, or from several shards in the order given.
 
     `verify="sample"` compares each sample with its checksum the first time this process reads it, `"open"` only header, index and
-    metadata, and `"off"` the header alone. `path` may be a list, or a pattern such as `train-*.pack`.
+    metadata, and `"off"` the header alone. `path` may be a list, or a pattern such as `train-*.pack`. It may be at any URL that fsspec
+    reads (`s3://bucket/train-*.pack`): then shards are fetched when they are needed into `cache_folder`, `cache_gb` at most, and every
+    sample is checked when it arrives.
     """
 
-    def __init__(self, path: str | Path | Sequence[str | Path], *, verify: Verify = "sample") -> None:
+    def __init__(
+        self,
+        path: str | Path | Sequence[str | Path],
+        *,
+        verify: Verify = "sample",
+        cache_folder: str | Path | None = None,
+        cache_gb: float = 50.0,
+    ) -> None:
         if verify not in ("open", "sample", "off"):
             raise ConfigurationError(f"verify must be 'open', 'sample' or 'off', got {verify!r}.")
         self._paths, self._verify = _expand(path), verify
+        self.remote: RemoteShards | None = None
+        if any(map(is_url, self._paths)):
+            folder = Path(cache_folder or Path(tempfile.gettempdir()) / "lightning_cnn_shards")
+            self.remote = RemoteShards([str(path) for path in self._paths], folder, int(cache_gb * 1e9))
+            self._paths = list(self.remote.paths)
         self._open()
 
     def _open(self) -> None:
@@ -35,7 +53,7 @@ class PackedImages(Dataset):
         lengths = [len(file.index) for file in self.files]
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
         self.labels = np.concatenate([file.index["label"] for file in self.files])
-        self._checked = np.full(len(self.labels), self._verify != "sample")
+        self._checked = np.full(len(self.labels), self._verify != "sample" or self.remote is not None)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -69,7 +87,14 @@ class PackedImages(Dataset):
     def locate(self, index: int) -> tuple[Packed, int]:
         """The file that holds a sample, and its position there."""
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        if self.remote is not None:
+            self.remote.require(shard)
         return self.files[shard], index - int(self.starts[shard])
+
+    def shards(self, indices: np.ndarray) -> np.ndarray:
+        """Which files hold some samples, in the order of their first use."""
+        shard = np.searchsorted(self.starts, indices % len(self), side="right") - 1
+        return shard[np.sort(np.unique(shard, return_index=True)[1])]
 
     def by_file(self, indices: np.ndarray) -> Iterator[tuple[Packed, np.ndarray, np.ndarray]]:
         """(file, positions within `indices`, index entries) for each file that holds some of them."""
@@ -87,6 +112,21 @@ class PackedImages(Dataset):
             file, position = self.locate(int(index))
             file.check_sample(position)
             self._checked[index] = True
+
+    def pending(self, indices: np.ndarray, rows: np.ndarray) -> Check:
+        """What a kernel needs to check, on its way, those samples that this process has not read before."""
+        asked = ~self._checked[indices]
+        if asked.any():
+            short = asked & (rows["length"] <= SHORT)
+            self.verify(indices[short])
+            asked &= ~short
+        return rows["length"].astype(np.int64), rows["checksum"].astype(np.uint64), asked
+
+    def passed(self, indices: np.ndarray, wrong: int) -> None:
+        """Take note of what a kernel found: the place of a wrong sample, or -1."""
+        if wrong >= 0:
+            self.verify(indices[wrong : wrong + 1])
+        self._checked[indices] = True
 
     def stored(self, index: int) -> np.ndarray:
         """The stored bytes of a sample, verified; a view that must not be written to."""
@@ -107,20 +147,40 @@ class PackedImages(Dataset):
         except DataError as error:
             raise DataError(f"{file.path}: damaged at byte {int(entry['offset'])}: sample {position}: {error}.") from error
 
+    def crops(self, file: Packed, rows: np.ndarray, indices: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(bytes, where each begins) of boxes of samples of a file of JPEGs; `rows` are the samples' index entries."""
+        self.passed(indices, first_wrong(file.bytes, rows["offset"].astype(np.int64), self.pending(indices, rows)))
+        pixels, place, done = _jpeg.crops(file.bytes, rows, box)
+        for k in np.flatnonzero(~done):
+            top, left, height, width = box[k]
+            crop = self.pixels(int(indices[k]))[top : top + height, left : left + width]
+            pixels[place[k] : place[k] + crop.size] = crop.reshape(-1)
+        return pixels, place
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"_paths": self._paths, "_verify": self._verify}
+        for shard in range(len(self.files)) if self.remote else ():
+            self.remote.require(shard)  # another process reads the local files
+        return {"_paths": self._paths, "_verify": self._verify, "remote": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
 
-def _expand(path: str | Path | Sequence[str | Path]) -> list[Path]:
+def _expand(path: str | Path | Sequence[str | Path]) -> list[str | Path]:
     given = [path] if isinstance(path, str | Path) else list(path)
-    paths = [found for item in given for found in (sorted(Path(item).parent.glob(Path(item).name)) or [Path(item)])]
+    paths = [found for item in given for found in _found(item)]
     if not paths:
         raise DataError("No packed file was named.")
+    if len({is_url(path) for path in paths}) > 1:
+        raise ConfigurationError("Shards of one dataset are either all at URLs or all in files.")
     return paths
+
+
+def _found(item: str | Path) -> Sequence[str | Path]:
+    if is_url(item):
+        return expand(str(item))
+    return sorted(Path(item).parent.glob(Path(item).name)) or [Path(item)]
 
 
 def _check_alike(files: list[Packed]) -> None:

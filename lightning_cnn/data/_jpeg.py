@@ -1,13 +1,16 @@
 """JPEG bytes in and out, without trusting them: a picture's size is read from its header before anything is allocated."""
 
+import io
 from typing import cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from lightning_cnn.errors import DataError
+from lightning_cnn.kernels.jpeg import SLACK, decode_crops
 
 # A block of 64 pixels of one channel takes a bit at least, and a picture with halved colour 6 blocks per 256 pixels.
 PIXELS_PER_BYTE = 512
@@ -15,7 +18,10 @@ FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def encode(image: Tensor, quality: int) -> bytes:
-    return cast(Tensor, encode_jpeg(image, quality)).numpy().tobytes()
+    """With a restart marker after each row of blocks: a few bytes each, and a crop is decoded without what is above it."""
+    stream = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream, "JPEG", quality=quality, restart_marker_rows=1)
+    return stream.getvalue()
 
 
 def size(encoded: bytes | np.ndarray) -> tuple[int, int]:
@@ -43,6 +49,20 @@ def decode(encoded: np.ndarray, height: int, width: int) -> np.ndarray:
     except RuntimeError as error:
         raise DataError(f"the JPEG cannot be decoded: {error}") from error
     return image.permute(1, 2, 0).numpy()
+
+
+def crops(source: np.ndarray, rows: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(bytes, where each begins, which are there) of the boxes (top, left, height, width) of the JPEGs of some index entries.
+
+    Those that are not there are for `decode`: unusual JPEGs, and damaged ones.
+    """
+    height, width, length = (rows[name].astype(np.int64) for name in ("height", "width", "length"))
+    possible = height * width <= PIXELS_PER_BYTE * length
+    sizes = 3 * box[:, 2] * box[:, 3] * possible + SLACK
+    place = np.cumsum(sizes) - sizes
+    pixels = np.empty(int(sizes.sum()), np.uint8)
+    height[~possible] = 0  # which no JPEG says of itself
+    return pixels, place, decode_crops(source, rows["offset"].astype(np.int64), length, height, width, box, pixels, place)
 
 
 def _tensor(encoded: np.ndarray) -> Tensor:

@@ -7,9 +7,10 @@ ranks change no pixel.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,12 +18,14 @@ import torch
 from lightning_cnn.data._images import PackedImages
 from lightning_cnn.data._loader import CountedLoader
 from lightning_cnn.data._order import Order
+from lightning_cnn.data._remote import Ahead
 from lightning_cnn.data._ring import Ring
 from lightning_cnn.errors import DataError
 from lightning_cnn.functional import counter
 from lightning_cnn.functional.batch import Batch
 from lightning_cnn.kernels import resample
 
+BROUGHT = 256  # pictures at a time
 Crop = Literal["resized", "padded", "center"]
 
 
@@ -77,47 +80,48 @@ class GatherLane:
     def __init__(self, images: PackedImages) -> None:
         if images.shape is None:
             raise DataError("lane='gather' needs samples of one size. Pack with fit='crop', or use lane='fused'.")
-        self._images, self.shape = images, images.shape
+        self.images, self.shape = images, images.shape
 
     def fill(self, epoch: int, indices: np.ndarray, out: np.ndarray) -> None:
-        indices = indices % len(self._images)
-        self._images.verify(indices)
-        if self._images.codec == "jpeg":
-            for b, index in enumerate(indices):
-                out[b] = self._images.pixels(int(index))
-            return
-        flat = out.reshape(len(out), -1)
-        for file, entry, rows in self._images.by_file(indices):
-            resample.gather(file.bytes, rows["offset"].astype(np.int64), flat, entry)
+        indices, flat = indices % len(self.images), out.reshape(len(out), -1)
+        for file, entry, rows in self.images.by_file(indices):
+            source, offset, chosen = file.bytes, rows["offset"].astype(np.int64), indices[entry]
+            if file.codec == "jpeg":
+                source, offset = self.images.crops(file, rows, chosen, np.tile((0, 0, *self.shape), (len(entry), 1)))
+            wrong = resample.gather(source, offset, flat, entry, self.images.pending(chosen, rows))
+            self.images.passed(chosen, wrong)
 
 
 class FusedLane:
     """Crop, scale, flip, normalise and lay out on the CPU, in one pass from the stored bytes."""
 
     def __init__(self, images: PackedImages, augment: Augment, seed: int) -> None:
-        self._images, self._augment, self._seed = images, augment, seed
+        self.images, self._augment, self._seed = images, augment, seed
         self.shape, self.dtype = (augment.size, augment.size), augment.dtype
 
     def fill(self, epoch: int, indices: np.ndarray, out: np.ndarray) -> None:
-        key, drawn, indices = counter.key(self._seed, "augment", epoch), indices, indices % len(self._images)
-        self._images.verify(indices)
-        for file, entry, rows in self._images.by_file(indices):
-            heights, widths = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+        key, drawn, indices = counter.key(self._seed, "augment", epoch), indices, indices % len(self.images)
+        for file, entry, rows in self.images.by_file(indices):
+            heights, widths, chosen = rows["height"].astype(np.int64), rows["width"].astype(np.int64), indices[entry]
             box, flip = self._augment.draw(key, drawn[entry], heights, widths)
-            if file.codec == "raw":
-                self._apply(file.bytes, rows["offset"].astype(np.int64), heights, widths, box, flip, out, entry)
-                continue
-            for k in range(len(entry)):
-                one, pixels = slice(k, k + 1), self._images.pixels(int(indices[entry[k]])).reshape(-1)
-                self._apply(pixels, np.zeros(1, np.int64), heights[one], widths[one], box[one], flip[one], out, entry[one])
+            source, offset = file.bytes, rows["offset"].astype(np.int64)
+            if file.codec == "jpeg":
+                # Decode what the box shows of each picture; then that is the picture.
+                shown = _within(box, heights, widths)
+                source, offset = self.images.crops(file, rows, chosen, shown)
+                box, heights, widths = box - shown * (1, 1, 0, 0), shown[:, 2], shown[:, 3]
+            size = (heights, widths) if self._augment.crop == "padded" else (widths,)
+            kernel = resample.crop_padded if self._augment.crop == "padded" else resample.crop_resize
+            check = self.images.pending(chosen, rows)
+            self.images.passed(chosen, kernel(source, offset, *size, box, flip, *self._augment.affine(), out, entry, check))
 
-    def _apply(self, source: np.ndarray, offset: np.ndarray, heights: np.ndarray, widths: np.ndarray, *rest: Any) -> None:
-        box, flip, out, entry = rest
-        scale, bias = self._augment.affine()
-        if self._augment.crop == "padded":
-            resample.crop_padded(source, offset, heights, widths, box, flip, scale, bias, out, entry)
-        else:
-            resample.crop_resize(source, offset, widths, box, flip, scale, bias, out, entry)
+
+def _within(box: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """The part of each box that lies in its picture, and a pixel of the picture at least."""
+    limit = np.stack([heights, widths], 1)
+    first = np.clip(box[:, :2], 0, limit - 1)
+    last = np.clip(box[:, :2] + box[:, 2:], first + 1, limit)
+    return np.concatenate([first, last - first], 1)
 
 
 class PackedLoader(CountedLoader):
@@ -133,8 +137,9 @@ class PackedLoader(CountedLoader):
         self._pinned = pinned
 
     def _load(self, epoch: int, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="lane") as pool:
-            jobs = (self._start(pool, epoch, indices) for indices in plan)
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="lane")
+        with pool, self._fetched(plan) as ahead:
+            jobs = (self._start(pool, ahead, number, epoch, indices) for number, indices in enumerate(plan))
             begun = deque(islice(jobs, self._ahead))
             try:
                 while begun:
@@ -146,11 +151,58 @@ class PackedLoader(CountedLoader):
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _start(self, pool: ThreadPoolExecutor, epoch: int, indices: np.ndarray) -> tuple[Batch, list[Future[None]]]:
+    def _start(
+        self, pool: ThreadPoolExecutor, ahead: Ahead | None, number: int, epoch: int, indices: np.ndarray
+    ) -> tuple[Batch, list[Future[None]]]:
         image = self._ring.take(len(indices))
-        out, share = image.numpy(), -(-len(indices) // self._threads)
-        slices = [slice(begin, begin + share) for begin in range(0, len(indices), share)]
-        parts = [pool.submit(self._lane.fill, epoch, indices[part], out[part]) for part in slices]
+        out = image.numpy()
+        parts = [pool.submit(self._fill, ahead, number, epoch, indices[part], out[part]) for part in self._parts(indices)]
         index = torch.from_numpy(indices % len(self._labels))
         batch = Batch(image.permute(0, 3, 1, 2), self._labels[index], index)
         return batch, parts
+
+    def _parts(self, indices: np.ndarray) -> list[slice]:
+        share = -(-len(indices) // self._threads)
+        return [slice(begin, begin + share) for begin in range(0, len(indices), share)]
+
+    def _fill(self, ahead: Ahead | None, number: int, epoch: int, indices: np.ndarray, out: np.ndarray) -> None:
+        if ahead is not None:
+            ahead.wait(number)
+        self._lane.fill(epoch, indices, out)
+        if ahead is not None:
+            ahead.done(number)
+
+    def _fetched(self, plan: Sequence[np.ndarray]) -> AbstractContextManager[Ahead | None]:
+        images = self._lane.images
+        if images.remote is None:
+            return nullcontext()
+        return images.remote.passing([images.shards(indices) for indices in plan], [len(self._parts(indices)) for indices in plan])
+
+
+class ResidentLoader(CountedLoader):
+    """Batches of stored pictures that all live on `device`, where they are brought once."""
+
+    def __init__(self, images: PackedImages, order: Order, device: torch.device) -> None:
+        super().__init__(order)
+        self._lane, self._device = GatherLane(images), device
+        self._labels = torch.from_numpy(images.labels).to(device)
+        self._store: torch.Tensor | None = None
+
+    def _load(self, epoch: int, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
+        if self._store is None:
+            self._store = self._brought()
+        for indices in plan:
+            index = torch.from_numpy(indices % len(self._labels)).to(self._device)
+            yield Batch(self._store[index].permute(0, 3, 1, 2), self._labels[index], index)
+
+    def _brought(self) -> torch.Tensor:
+        samples, shape = len(self._labels), (*self._lane.shape, 3)
+        store = torch.empty((samples, *shape), dtype=torch.uint8, device=self._device)
+        for begin in range(0, samples, BROUGHT):
+            indices = np.arange(begin, min(begin + BROUGHT, samples))
+            part = np.empty((len(indices), *shape), np.uint8)
+            for shard in self._lane.images.shards(indices) if self._lane.images.remote else ():
+                self._lane.images.remote.require(int(shard))
+            self._lane.fill(0, indices, part)
+            store[begin : begin + len(indices)] = torch.from_numpy(part).to(self._device)
+        return store

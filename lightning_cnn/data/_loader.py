@@ -5,10 +5,8 @@ of (seed, epoch), the noise of a sample a function of (seed, epoch, index), and 
 not those that workers have fetched ahead.
 """
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +18,7 @@ from lightning_cnn.data._order import Order, shuffled
 from lightning_cnn.errors import DataError
 from lightning_cnn.functional import counter
 from lightning_cnn.functional.batch import Batch
+from lightning_cnn.functional.generators import generators_restored, seed_generators
 
 
 class CountedLoader(ABC):
@@ -142,25 +141,6 @@ class _Batches(Dataset):
                 f"The images of samples {indices[:4].tolist()}... cannot be stacked into one tensor; found {', '.join(kinds[:4])}. "
                 "Give the dataset a transform that returns tensors of one shape, or pass collate=."
             ) from error
-
-
-def seed_generators(key: int) -> None:
-    """Seed torch's CPU generator, numpy's and Python's global ones by a key of `functional.counter`."""
-    torch.default_generator.manual_seed(key)
-    np.random.seed(key & 0xFFFFFFFF)
-    random.seed(key)
-
-
-@contextmanager
-def generators_restored() -> Iterator[None]:
-    """Leave the global generators as they were found."""
-    states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
 
 
 def _as_is(batch: Any) -> Any:

@@ -9,7 +9,7 @@ a batch, and batch normalisation never meets a single sample). `drop_last=True` 
 remainder is left out in each shuffled epoch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,6 +128,20 @@ class Order:
 def shuffled(samples: int) -> Draw:
     """Every sample once, in an order that depends on the key alone."""
     return lambda key: counter.permutation(key, samples).numpy()
+
+
+def windowed(lengths: Sequence[int], window: int) -> Draw:
+    """Every sample once: shards of these lengths in random order, and samples shuffled among `window` neighbours of that order."""
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+
+    def draw(key: int) -> np.ndarray:
+        shards = counter.permutation(counter.key(key, "shards"), len(lengths)).numpy()
+        groups = [shards[first : first + window] for first in range(0, len(shards), window)]
+        samples = [np.concatenate([np.arange(starts[k], starts[k + 1]) for k in group]) for group in groups]
+        shuffles = (counter.permutation(counter.key(key, "window", k), len(part)).numpy() for k, part in enumerate(samples))
+        return np.concatenate([part[shuffle] for part, shuffle in zip(samples, shuffles, strict=True)])
+
+    return draw
 
 
 def balanced(labels: np.ndarray) -> Draw:

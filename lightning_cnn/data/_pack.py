@@ -3,7 +3,6 @@
 import io
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from lightning_cnn.data import _jpeg
 from lightning_cnn.data._format import CODECS, INDEX, PAGE, Record, write
 from lightning_cnn.data._sources import Item, Source, open_source
 from lightning_cnn.errors import DataError, raise_all
+from lightning_cnn.files import check_space
 
 log = logging.getLogger(__name__)
 ORIENTATION = 0x0112  # the EXIF tag
@@ -201,10 +201,7 @@ def _check_space(folder: Path, encoder: _Encoder) -> None:
     probes = [encoder[index] for index in np.unique(np.linspace(0, len(encoder) - 1, 16).astype(int))]
     sizes = [len(probe[0].payload) for probe in probes if isinstance(probe[0], Record)]
     needed = PAGE + len(encoder) * (INDEX.itemsize + int(np.mean(sizes or [0])))
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DataError(f"{folder}: about {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free.")
+    check_space(folder, needed)
 
 
 def _bar(visible: bool) -> Progress:

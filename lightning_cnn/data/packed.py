@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from lightning_cnn.data._images import PackedImages, Verify
-from lightning_cnn.data._lanes import Augment, Crop, FusedLane, GatherLane, PackedLoader
+from lightning_cnn.data._lanes import Augment, Crop, FusedLane, GatherLane, PackedLoader, ResidentLoader
 from lightning_cnn.data._loader import CountedLoader
-from lightning_cnn.data._order import Draw, Order, balanced, shuffled, weighted, within
+from lightning_cnn.data._order import Draw, Order, balanced, shuffled, weighted, windowed, within
 from lightning_cnn.errors import ConfigurationError, DataError, raise_all
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ LANES, CROPS, DTYPES, ORDERS = (
     ("auto", "gather", "fused", "dali"),
     ("resized", "padded", "center"),
     ("float32", "uint8"),
-    ("shuffled", "balanced"),
+    ("shuffled", "balanced", "windowed"),
 )
 Paths = str | Path | Sequence[str | Path] | None
 
@@ -35,11 +35,14 @@ class PackedDataModule(L.LightningDataModule):
     floats in [0, 1], or normalised where `mean` and `std` are given.
 
     Args:
-        train, val, test, predict: a packed file, a list of shards or a pattern; test falls back to val, predict to test.
+        train, val, test, predict: a packed file, a list of shards or a pattern, or a URL of one; test falls back to val, predict to test.
         crop: how `fused` cuts training pictures (see `Augment`); evaluation takes a central square of `central` times the shorter side.
-        order: `shuffled`, or `balanced` (every class equally often); `weights`, one a sample, takes its place.
+        order: `shuffled`, `balanced` (every class equally often), or `windowed`: shards in random order, samples shuffled among
+            `window` shards, for shards at URLs that outgrow the local disk. `weights`, one a sample, takes the place of it.
         subset: indices of the training samples to use.
         threads: of the lane; by default as many as there are cores. `ahead`: batches made before they are asked for.
+        cache: `device` keeps all stored pictures of a split on the device (in RAM on a CPU), for lane `gather`.
+        cache_folder, cache_gb: where shards at URLs are kept, and how much of them at a time; each process has its own part.
     """
 
     def __init__(
@@ -61,13 +64,17 @@ class PackedDataModule(L.LightningDataModule):
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
         dtype: Literal["float32", "uint8"] = "float32",
-        order: Literal["shuffled", "balanced"] = "shuffled",
+        order: Literal["shuffled", "balanced", "windowed"] = "shuffled",
+        window: int = 4,
         weights: Sequence[float] | None = None,
         subset: Sequence[int] | None = None,
         drop_last: bool = False,
         threads: int | None = None,
         ahead: int = 2,
         verify: Verify = "sample",
+        cache: Literal["device"] | None = None,
+        cache_folder: str | Path | None = None,
+        cache_gb: float = 50.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -77,6 +84,7 @@ class PackedDataModule(L.LightningDataModule):
         self.mean, self.std, self.dtype = tuple(mean), tuple(std), dtype
         self.order, self.weights, self.subset, self.drop_last = order, weights, subset, drop_last
         self.threads, self.ahead, self.seed = threads, ahead, seed
+        self.window, self.cache, self.cache_folder, self.cache_gb = window, cache, cache_folder, cache_gb
         self.verify: Verify = verify
         self._images: dict[str, PackedImages] = {}
 
@@ -123,6 +131,8 @@ class PackedDataModule(L.LightningDataModule):
         threads, augment = self.threads or len(os.sched_getaffinity(0)), self._augment(images, training)
         if self._lane_name() == "dali":
             return self._dali(images, augment, order, threads)
+        if self.cache == "device":
+            return ResidentLoader(images, order, self._device())
         lane = GatherLane(images) if self._lane_name() == "gather" else FusedLane(images, augment, self.seed)
         return PackedLoader(lane, images.labels, order, threads=threads, ahead=self.ahead, pinned=self._accelerated())
 
@@ -135,8 +145,10 @@ class PackedDataModule(L.LightningDataModule):
     def _open(self, split: str) -> PackedImages | None:
         path = self.paths[split]
         if path is not None and split not in self._images:
-            shared = next((images for other, images in self._images.items() if self.paths[other] == path), None)
-            self._images[split] = shared or PackedImages(path, verify=self.verify)
+            alike = (images for other, images in self._images.items() if self.paths[other] == path and images.remote is None)
+            shared = next(alike, None)
+            place = {"cache_folder": self.cache_folder, "cache_gb": self.cache_gb}
+            self._images[split] = shared or PackedImages(path, verify=self.verify, **place)
             self._check(split, self._images[split])
         return self._images.get(split)
 
@@ -151,6 +163,8 @@ class PackedDataModule(L.LightningDataModule):
     def _draw(self, images: PackedImages, subset: np.ndarray) -> Draw:
         if self.weights is not None:
             return weighted(np.asarray(self.weights, np.float64))
+        if self.order == "windowed":
+            return windowed(np.diff(images.starts).tolist(), self.window)
         return balanced(images.labels[subset]) if self.order == "balanced" else shuffled(len(subset))
 
     def _place(self) -> tuple[int | None, int | None]:
@@ -160,10 +174,15 @@ class PackedDataModule(L.LightningDataModule):
         place = self.trainer.distributed_sampler_kwargs or {}
         return place.get("num_replicas"), place.get("rank")
 
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
     def _accelerated(self) -> bool:
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return self._device().type == "cuda"
 
     def _lane_name(self) -> str:
+        if self.lane == "auto" and self.cache == "device":
+            return "gather"
         return ("gather" if self._accelerated() else "fused") if self.lane == "auto" else self.lane
 
     def _problems(self) -> Iterator[str]:
@@ -182,6 +201,12 @@ class PackedDataModule(L.LightningDataModule):
             yield f"area must rise within (0, 1] and ratio be positive and rise; got {self.area} and {self.ratio}."
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             yield f"mean and std need three numbers each, std above 0; got {self.mean} and {self.std}."
+        if self.cache not in (None, "device"):
+            yield f"cache must be None or 'device', got {self.cache!r}."
+        if self.cache == "device" and self._lane_name() != "gather":
+            yield f"cache='device' keeps stored pictures, which lane='gather' delivers; lane is {self._lane_name()!r}."
+        if self.order == "windowed" and (self.subset is not None or self.window < 1):
+            yield f"order='windowed' takes whole shards, and window={self.window} must be at least 1; leave subset out."
         if self.ahead < 1 or (self.threads is not None and self.threads < 1):
             yield f"ahead and threads must be at least 1, got {self.ahead} and {self.threads}."
 

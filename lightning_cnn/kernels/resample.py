@@ -13,6 +13,7 @@ import math
 import numpy as np
 from numba import njit
 
+from lightning_cnn.kernels.checksum import wrong
 from lightning_cnn.kernels.counter import uniform
 from lightning_cnn.kernels.pixel import fence, mix, stream_scaled
 
@@ -155,10 +156,10 @@ def _most_taps(lengths, size):
 
 
 @njit(cache=True, nogil=True, boundscheck=False, fastmath=True, error_model="numpy")
-def crop_resize(source, offset, width, box, flip, scale, bias, out, entry):
+def crop_resize(source, offset, width, box, flip, scale, bias, out, entry, check):
     """out[entry[b], y, x, c] = antialiased resize of the box of picture b, flipped if asked, times scale[c] plus bias[c].
 
-    Whole numbers are cut, not rounded: for uint8 give a bias of 0.5.
+    Whole numbers are cut, not rounded: for uint8 give a bias of 0.5. Returns the first picture whose bytes are wrong, else -1.
     """
     size = out.shape[1]
     rows, columns = _most_taps(box[:, 2], size), _most_taps(box[:, 3], size)
@@ -169,6 +170,8 @@ def crop_resize(source, offset, width, box, flip, scale, bias, out, entry):
     gain, shift = _channel_pattern(scale, size), _channel_pattern(bias, size)
     streamed = out.itemsize == 4 and size % 8 == 0 and out.ctypes.data % 32 == 0
     for b in range(len(offset)):
+        if wrong(source, offset, check, b):
+            return b
         top, left, bh, bw = box[b, 0], box[b, 1], box[b, 2], box[b, 3]
         taps_x, taps_y = _taps(bw, size, flip[b], xs, wx), _taps(bh, size, False, ys, wy)
         row[3 * bw :] = 0
@@ -187,49 +190,56 @@ def crop_resize(source, offset, width, box, flip, scale, bias, out, entry):
                 for k in range(0, 3 * size, 8):
                     stream_scaled(blend, gain, shift, target, k)
             else:
-                for k in range(3 * size):
-                    target[k] = blend[k] * gain[k] + shift[k]
+                _deliver(blend, gain, shift, target)
     fence()
+    return -1
 
 
 @njit(cache=True, nogil=True, boundscheck=False, fastmath=True, error_model="numpy")
-def crop_padded(source, offset, height, width, box, flip, scale, bias, out, entry):
-    """As `crop_resize` without resizing: `box` has the size of the output and may reach beyond the picture, where it is black."""
+def crop_padded(source, offset, height, width, box, flip, scale, bias, out, entry, check):
+    """As `crop_resize` without resizing: `box` has the size of the output and may reach beyond the picture, where it is black.
+
+    For small pictures, whose batches stay in the last cache until the network reads them: nothing is written past it.
+    """
     size = out.shape[1]
     gain, shift = _channel_pattern(scale, size), _channel_pattern(bias, size)
+    black, row = np.zeros(3 * size, np.float32), np.empty(3 * size, np.float32)
     for b in range(len(offset)):
+        if wrong(source, offset, check, b):
+            return b
         top, left = box[b, 0], box[b, 1]
         low, high = max(0, -left), min(size, width[b] - left)
+        row[:] = 0
         for y in range(size):
             target = out[entry[b], y].reshape(3 * size)
-            if not 0 <= top + y < height[b]:
-                low_now, high_now = size, size
-            else:
-                low_now, high_now = low, high
-            for k in range(3 * low_now):
-                target[k] = shift[k]
-            for k in range(3 * high_now, 3 * size):
-                target[k] = shift[k]
-            if low_now < high_now:
-                begin = offset[b] + 3 * ((top + y) * width[b] + left + low_now)
-                line = source[begin : begin + 3 * (high_now - low_now)]
-                part = target[3 * low_now : 3 * high_now]
-                for k in range(len(line)):
-                    part[k] = line[k] * gain[k] + shift[k]
+            if not (0 <= top + y < height[b] and low < high):
+                _deliver(black, gain, shift, target)
+                continue
+            begin = offset[b] + 3 * ((top + y) * width[b] + left + low)
+            line = source[begin : begin + 3 * (high - low)]
             if flip[b]:
-                _mirror(target, size)
+                for x in range(high - low):
+                    place = 3 * (size - 1 - low - x)
+                    for c in range(3):
+                        row[place + c] = line[3 * x + c]
+            else:
+                for k in range(3 * (high - low)):
+                    row[3 * low + k] = line[k]
+            _deliver(row, gain, shift, target)
+    return -1
+
+
+@njit(cache=True, nogil=True, boundscheck=False, fastmath=True, forceinline=True)
+def _deliver(row, gain, shift, target):
+    for k in range(len(row)):
+        target[k] = row[k] * gain[k] + shift[k]
 
 
 @njit(cache=True, nogil=True, boundscheck=False)
-def _mirror(target, size):
-    for x in range(size // 2):
-        p, q = 3 * x, 3 * (size - 1 - x)
-        for c in range(3):
-            target[p + c], target[q + c] = target[q + c], target[p + c]
-
-
-@njit(cache=True, nogil=True, boundscheck=False)
-def gather(source, offset, out, entry):
-    """Copy stored pictures of one size into a batch (b n)."""
+def gather(source, offset, out, entry, check):
+    """Copy stored pictures of one size into a batch (b n); returns as `crop_resize`."""
     for b in range(len(offset)):
+        if wrong(source, offset, check, b):
+            return b
         out[entry[b]] = source[offset[b] : offset[b] + out.shape[1]]
+    return -1

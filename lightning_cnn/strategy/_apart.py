@@ -9,6 +9,7 @@ own value.
 import logging
 import pickle
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torchmetrics import Metric
 from lightning_cnn.errors import DistributedError
 from lightning_cnn.strategy._doctor import Diagnosis, batch_norms, check, synced_norms
 from lightning_cnn.strategy._schedule import GlobalClock, fair_share
-from lightning_cnn.strategy._stealing import StealingLoader, StealingSampler
+from lightning_cnn.strategy._stealing import StealingLane, StealingLoader, StealingSampler, loads_a_plan
 from lightning_cnn.strategy._watched import Watched
 
 log = logging.getLogger(__name__)
@@ -175,23 +176,36 @@ class Apart(Watched, ParallelStrategy):
         own: Any = getattr(getattr(dataloader, "batch_sampler", None), "sampler", None)
         if getattr(own, "num_replicas", 0) is None:  # shares by itself and would ask the default group, which is not there
             own.num_replicas, own.rank = self.world_size, self.global_rank
-        if not (self.steal and module is not None and module.trainer.training and isinstance(dataloader, DataLoader)):
+        if not (self.steal and self.team is not None and module is not None and module.trainer.training):
             return dataloader
-        split = dataloader.sampler
-        if type(split) is not DistributedSampler or dataloader.batch_size is None or self.team is None:
+        if loads_a_plan(dataloader):
+            lane: Any = dataloader
+            order = lane.order
+            self.sampler = self._sampler(order.samples, order.batch_size, order.seed, True, order.drop_last, order.indices)
+            return StealingLane(lane, self.sampler)
+        split = dataloader.sampler if isinstance(dataloader, DataLoader) else None
+        if not isinstance(dataloader, DataLoader) or type(split) is not DistributedSampler or dataloader.batch_size is None:
             return dataloader
-        progress = module.trainer.fit_loop.epoch_progress
-        self.sampler = StealingSampler(
-            length=len(dataloader.dataset),  # type: ignore[arg-type]
-            batch_size=dataloader.batch_size,
+        length = len(dataloader.dataset)  # type: ignore[arg-type]
+        self.sampler = self._sampler(length, dataloader.batch_size, split.seed, split.shuffle, dataloader.drop_last)
+        return StealingLoader(dataloader, self.sampler)
+
+    def _sampler(
+        self, length: int, batch_size: int, seed: int, shuffle: bool, drop_last: bool, order: Callable[[int], Any] | None = None
+    ) -> StealingSampler:
+        assert self.team is not None and self.lightning_module is not None
+        progress = self.lightning_module.trainer.fit_loop.epoch_progress
+        return StealingSampler(
+            length=length,
+            batch_size=batch_size,
             team=self.team,
             name=self.team.fresh("steal"),
-            epoch=lambda: progress.current.processed,  # type: ignore[attr-defined]
-            seed=split.seed,
-            shuffle=split.shuffle,
-            drop_last=dataloader.drop_last,
+            epoch=lambda: progress.current.processed,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            order=order,
         )
-        return StealingLoader(dataloader, self.sampler)
 
     # -- meeting ------------------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_cnn.functional import counter
@@ -41,9 +42,10 @@ class StealingSampler(Sampler[list[int]]):
         seed: int,
         shuffle: bool,
         drop_last: bool,
+        order: Callable[[int], Any] | None = None,
     ) -> None:
         self.length, self.batch_size, self.team, self.name = length, batch_size, team, name
-        self.seed, self.shuffle, self.drop_last, self._which_epoch = seed, shuffle, drop_last, epoch
+        self.seed, self.shuffle, self.drop_last, self._which_epoch, self._given = seed, shuffle, drop_last, epoch, order
         self._epochs: deque[_Epoch] = deque(maxlen=2)
         self._hand: deque[tuple[_Epoch, int]] = deque()
         self._visits, self._resume = 0, (-1, frozenset[int]())
@@ -88,7 +90,14 @@ class StealingSampler(Sampler[list[int]]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._resume = (int(state["epoch"]), frozenset(state["done"]))
 
+    @property
+    def epoch(self) -> int:
+        """The epoch whose batches are handed out; a batch that a dead rank left in the one before has this one's noise."""
+        return self._epochs[-1].index
+
     def _order(self, epoch: int) -> Sequence[int]:
+        if self._given is not None:
+            return self._given(epoch).tolist()
         if not self.shuffle:
             return range(self.length)
         return counter.permutation(counter.key(self.seed, "order", epoch), self.length).tolist()
@@ -139,6 +148,27 @@ class StealingLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state)
+
+
+class StealingLane:
+    """The same for a loader that loads any plan: `order.indices(epoch)` is its order and `_load(epoch, plan)` reads batches of it."""
+
+    def __init__(self, lane: Any, sampler: StealingSampler) -> None:
+        self.lane, self.sampler = lane, sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        for indices in self.sampler:
+            yield from self.lane._load(self.sampler.epoch, [np.array(indices)])
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state)
+
+
+def loads_a_plan(loader: Any) -> bool:
+    return not isinstance(loader, DataLoader) and hasattr(loader, "_load") and hasattr(getattr(loader, "order", None), "indices")
 
 
 def reloaded(loader: DataLoader, sampler: StealingSampler) -> DataLoader:

@@ -47,7 +47,7 @@ class Watched(ParallelStrategy):
         launcher = self._launcher
         assert isinstance(launcher, WatchedLauncher)
         self.team = Team.join(self.global_rank, self.world_size, address, self.timeout_s, launcher.missing)
-        self.team.on_loss = launcher.lost
+        self.team.watch(launcher.lost)
         if self.default_group and not dist.is_initialized():
             self._open_default_group(environment)
         super().setup_environment()

@@ -17,6 +17,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_cnn.errors import ConfigurationError, DistributedError, raise_all
 from lightning_cnn.strategy._apart import Apart
 from lightning_cnn.strategy._doctor import Diagnosis
+from lightning_cnn.strategy._schedule import known_to_schedulers
 from lightning_cnn.strategy._server import Shard, flatten, parts, settings_of, shares
 from lightning_cnn.strategy._team import gloo_group
 
@@ -115,6 +116,7 @@ class AsyncSGD(Apart):
 
     # -- the worker's side --------------------------------------------------------------------------------------------------------
 
+    @known_to_schedulers
     def _remote_step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Stands in for `optimizer.step`, so that clipping, precision, accumulation and manual optimisation work as always."""
         output = None

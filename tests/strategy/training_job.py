@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
@@ -137,7 +138,8 @@ class Classifier(LightningModule):
 
 
 def digest(module: nn.Module) -> list[float]:
-    return torch.cat([p.detach().flatten().double().cpu() for p in module.parameters()]).tolist()
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters()]
+    return torch.cat([p.detach().flatten().double().cpu() for p in whole]).tolist()
 
 
 def run(options: Options, strategy: object) -> tuple[Trainer, Classifier]:
@@ -167,7 +169,9 @@ def run(options: Options, strategy: object) -> tuple[Trainer, Classifier]:
         train = Own(data, options.batch, trainer.global_rank, options.ranks)
     else:
         # Lightning's own sampler always shuffles the training data; this one does only when asked.
-        split = DistributedSampler(data, options.ranks, trainer.global_rank, shuffle=options.shuffle) if options.ranks > 1 else None
+        # With one replica of the model all ranks see every batch.
+        shares = (1, 0) if options.loader == "same" else (options.ranks, trainer.global_rank)
+        split = DistributedSampler(data, *shares, shuffle=options.shuffle) if options.ranks > 1 else None
         train = DataLoader(data, batch_size=options.batch, sampler=split)
     validation = DataLoader(Pictures(16, dtype, seed=1), batch_size=4) if options.validate else None
     trainer.fit(module, train, validation, ckpt_path=options.resume or None)
@@ -204,7 +208,8 @@ def main() -> None:
     faulthandler.dump_traceback_later(float(os.environ.get("JOB_LIMIT_S", "100")), exit=True)  # a hang shows where, and ends
     import lightning_cnn.strategy  # noqa: F401  registers the names
 
-    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+    names = ("REPLICA_GROUP_ID", "RANK", "LOCAL_RANK")
+    rank = int(next((os.environ[name] for name in names if name in os.environ), 0))
     for number, options in enumerate(json.loads(sys.argv[1])):
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
