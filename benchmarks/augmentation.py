@@ -6,6 +6,7 @@
 """
 
 import argparse
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -135,6 +136,7 @@ def callbacks_on_a_batch(size: int, n: int) -> list[Row]:
             "kornia eager": lambda: erasing(images),
             "torchvision v2, sample by sample": lambda: torch.stack([erase_one(image) for image in images]),
         },
+        "RandomErasing, noise": {"kornia eager, black": lambda: erasing(images)},
         "ProgressiveResizing": {
             "interpolate": lambda: nn.functional.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
         },
@@ -214,6 +216,7 @@ def main() -> None:
     parser.add_argument("--px", nargs="*", type=int, default=list(BATCH))
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rounds = 7 if arguments.quick else 25
     rows = []
     for size in arguments.px:
