@@ -1,11 +1,13 @@
 """Fused augmentation against the same steps one after the other, and what the callbacks cost a batch and a training step.
 
-    python benchmarks/augmentation.py [--quick] [--json FILE] [--only fused compiled mixing hook]
+    python benchmarks/augmentation.py [--quick] [--json FILE] [--only fused compiled mixing network hook]
 
 `compiled` compiles Kornia's pipelines with torch.compile first, a minute a row; `hook` is the difference of paired training runs.
 """
 
 import argparse
+import logging
+import tempfile
 import warnings
 from collections.abc import Callable
 from statistics import mean, stdev
@@ -13,14 +15,15 @@ from statistics import mean, stdev
 import torch
 from _bench import Row, compare, interleave, medians, report, seconds
 from kornia import augmentation as K
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
-from lightning_cnn.callbacks import BatchAugmentation, CutMix, MixUp, ProgressiveResizing, RandomErasing
+from lightning_cnn.callbacks import BatchAugmentation, CutMix, EvaluationReport, MixUp, NetworkNoise, ProgressiveResizing, RandomErasing
 from lightning_cnn.callbacks._batch_hook import BatchTransform, Samples
 from lightning_cnn.functional.batch import Batch
+from lightning_cnn.functional.calibration import fit_temperature
 from lightning_cnn.functional.keyed_random import KeyedRandom
 from lightning_cnn.nn import FusedAugmentation, RandomLensDistortion, RandomPCALighting
 
@@ -102,6 +105,12 @@ class Small(LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
+    def forward(self, image: Tensor) -> Tensor:
+        return self.net(image)
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self(batch[0])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
@@ -127,6 +136,7 @@ def callbacks_on_a_batch(size: int, n: int) -> list[Row]:
             "kornia eager": lambda: erasing(images),
             "torchvision v2, sample by sample": lambda: torch.stack([erase_one(image) for image in images]),
         },
+        "RandomErasing, noise": {"kornia eager, black": lambda: erasing(images)},
         "ProgressiveResizing": {
             "interpolate": lambda: nn.functional.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
         },
@@ -140,6 +150,39 @@ def callbacks_on_a_batch(size: int, n: int) -> list[Row]:
             compare(f"{name}, {size} px", who, us["ours"], us[who], "us/image", larger_is_better=False, n=n) for who in theirs[name]
         ]
     return rows
+
+
+def network_and_testing(n: int) -> list[Row]:
+    """What noise in the network costs a training step, a temperature its fit, and an evaluation report a test."""
+    images, labels = torch.rand(64, 3, 32, 32), torch.arange(64) % 10
+    batch, samples = Batch(images, labels, torch.arange(64)), Samples(torch.arange(64), ("epoch", 0))
+
+    def step(model: nn.Module, noise: NetworkNoise | None = None) -> None:
+        if noise is not None:
+            noise.transform(batch, samples)
+        nn.functional.cross_entropy(model(images), labels).backward()
+
+    plain, noisy, loops = Small(), Small(), {}
+    callback = NetworkNoise(dropout=0.5, dropconnect={"net.0": 0.2})
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    callback.setup(Trainer(accelerator="cpu", **off), noisy, "fit")
+    loops["with"], loops["without"] = lambda: seconds(lambda: step(noisy, callback)), lambda: seconds(lambda: step(plain))
+    ms = {name: 1e3 * value for name, value in medians(interleave(loops, n)).items()}
+    rows = [compare("step of 64, dropout and DropConnect", "no noise", ms["with"], ms["without"], "ms", larger_is_better=False, n=n)]
+    logits, truth = torch.randn(10_000, 10) * 3, torch.randint(10, (10_000,))
+    fit = medians(interleave({"fit": lambda: seconds(lambda: fit_temperature(logits, truth))}, n))["fit"]
+    rows.append(Row("temperature of 10,000 pictures in 10 classes", "none", 1e3 * fit, None, "ms", n=n))
+    loader = DataLoader(TensorDataset(torch.rand(512, 3, 32, 32), torch.arange(512) % 10), batch_size=64)
+
+    def test(callbacks: list[Callback]) -> float:
+        return seconds(lambda: Trainer(accelerator="cpu", callbacks=callbacks, **off).test(Small(), loader, verbose=False))
+
+    with tempfile.TemporaryDirectory() as folder:
+        both = {"with": lambda: test([EvaluationReport(compare={"flip": ["flip"]}, folder=folder)]), "without": lambda: test([])}
+        interleave(both, 1)
+        tests = medians(interleave(both, 3))
+    row = ("test of 512 pictures, report of one pass and flip", "no report", tests["with"], tests["without"], "s")
+    return [*rows, compare(*row, larger_is_better=False, n=3)]
 
 
 def hook(steps: int, n: int) -> list[Row]:
@@ -167,16 +210,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json")
-    parser.add_argument("--only", nargs="*", default=["fused", "mixing", "hook"], choices=["fused", "compiled", "mixing", "hook"])
+    parser.add_argument(
+        "--only", nargs="*", default=["fused", "mixing", "network", "hook"], choices=["fused", "compiled", "mixing", "network", "hook"]
+    )
     parser.add_argument("--px", nargs="*", type=int, default=list(BATCH))
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rounds = 7 if arguments.quick else 25
     rows = []
     for size in arguments.px:
         for group in set(arguments.only) & {"fused", "compiled"}:
             rows += [row for name in FUSED for row in speed(size, name, rounds, group == "compiled")]
         rows += callbacks_on_a_batch(size, rounds) if "mixing" in arguments.only else []
+    rows += network_and_testing(rounds) if "network" in arguments.only else []
     rows += hook(20 if arguments.quick else 60, 5 if arguments.quick else 11) if "hook" in arguments.only else []
     report(rows, arguments.json)
 

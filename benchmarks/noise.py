@@ -22,6 +22,7 @@ import torchvision
 from _bench import compare, report
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms.v2 import functional as F
 
 from lightning_cnn.callbacks import (
     Augmented,
@@ -99,7 +100,7 @@ def pictures(root: str | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Ten
 
     def read(split: str) -> tuple[Tensor, Tensor]:
         data = torchvision.datasets.ImageFolder(f"{root}/{split}")
-        images = [torchvision.transforms.v2.functional.pil_to_tensor(image.convert("RGB")) for image, _ in data]
+        images = [F.pil_to_tensor(image.convert("RGB")) for image, _ in data]
         return torch.stack(images).float() / 255, torch.tensor(data.targets)
 
     return read("train"), read("val")
