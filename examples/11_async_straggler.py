@@ -1,7 +1,8 @@
 """One worker is three times slower: what synchronous training loses, and asynchronous training keeps.
 
-Result: 5 epochs of digits, each step standing for 20 ms of arithmetic: sync_ddp 24.0 s (accuracy .931), delayed_averaging 8.3 s (.942),
-async_sgd 8.8 s (.908); one run, 2 processes on 2 cores of an AMD EPYC (Zen 3), not alone on the machine, torch 2.15.0, seed 0.
+Result: 5 epochs of digits, a step standing for 20 ms of arithmetic: delayed_averaging 8.3 s (accuracy .942), async_sgd 8.8 s (.908),
+sync_ddp (.931) 24.0 s, in which the start of the second process was still counted; one run, seed 0, 2 processes on 2 shared cores of an
+AMD EPYC (Zen 3), torch 2.15.0. On a quiet machine, 5 seeds (benchmarks/strategies.py): 1.84 and 1.72 times the samples/s of sync_ddp.
 Command: python examples/11_async_straggler.py
 """
 
