@@ -96,6 +96,11 @@ class PackedImages(Dataset):
         shard = np.searchsorted(self.starts, indices % len(self), side="right") - 1
         return shard[np.sort(np.unique(shard, return_index=True)[1])]
 
+    def require(self, indices: np.ndarray) -> None:
+        """Have the shards of some samples here, all at once."""
+        for shard in self.shards(indices) if self.remote is not None else ():
+            self.remote.require(int(shard))  # pyright: ignore[reportOptionalMemberAccess]  # it is not None in this loop
+
     def by_file(self, indices: np.ndarray) -> Iterator[tuple[Packed, np.ndarray, np.ndarray]]:
         """(file, positions within `indices`, index entries) for each file that holds some of them."""
         if len(self.files) == 1:
@@ -158,8 +163,8 @@ class PackedImages(Dataset):
         return pixels, place
 
     def __getstate__(self) -> dict[str, Any]:
-        for shard in range(len(self.files)) if self.remote else ():
-            self.remote.require(shard)  # another process reads the local files
+        if self.remote is not None:  # another process reads the local files
+            self.require(np.arange(len(self)))
         return {"_paths": self._paths, "_verify": self._verify, "remote": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
