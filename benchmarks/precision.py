@@ -66,12 +66,12 @@ def stock(optimizer, dtype, **options) -> tuple[Callable[[], object], Callable[[
     return built.step, lambda: persistent(weight, built)
 
 
-def plugin(**options) -> tuple[Callable[[], object], Callable[[], float]]:
+def plugin(optimizer=torch.optim.AdamW, momentum=None, **options) -> tuple[Callable[[], object], Callable[[], float]]:
     layer = nn.Conv2d(512, 512, 3, bias=False)
     ours = StochasticRounding(**options)
     ours.convert_module(layer)
     layer.weight.grad = torch.randn(SIZE).mul_(0.01).bfloat16()
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=LR, fused=True)
+    optimizer = optimizer(layer.parameters(), lr=LR, fused=True, **({"momentum": momentum} if momentum else {}))
     ours.connect(layer, [optimizer], [])
     ours._after_closure = lambda *_: None  # no Trainer here
     model = SimpleNamespace(automatic_optimization=True)
@@ -124,6 +124,8 @@ def rows(n: int) -> list[Row]:
         "round": lambda: round_stochastic(x, "bf16", out=out),
         "formula": lambda: formula(x, as_format("bf16"), 1),
         "cast": lambda: out.copy_(x),
+        "plugin, SGD": plugin(torch.optim.SGD, momentum=0.9)[0],
+        "SGD float32": stock(torch.optim.SGD, torch.float32, fused=True, momentum=0.9)[0],
     } | {name: run for name, (run, _) in (ours | others).items()}
     for _ in range(3):
         for function in functions.values():
@@ -137,12 +139,13 @@ def rows(n: int) -> list[Row]:
 
     best = "plugin, moments fp32"
     result = [
-        time("compiled stochastic AdamW", "stochastic", "float32", "compiled float32 AdamW", 1 / 1.6),
-        time("compiled stochastic AdamW", "stochastic", "nearest", "compiled bfloat16 AdamW, to the nearest"),
-        time("compiled stochastic AdamW", "stochastic", "torchao _AdamW stochastic", "torchao _AdamW stochastic", 7.0, TORCHAO),
-        time("plugin, fused AdamW", best, "AdamW fused float32", "AdamW fused float32"),
-        time("plugin, fused AdamW", best, "torchao _AdamW stochastic", "torchao _AdamW stochastic", 7.0, TORCHAO),
-        time("plugin, fused AdamW", best, "optimi AdamW Kahan", "optimi AdamW Kahan", how=OPTIMI),
+        time("plugin, SGD with momentum", "plugin, SGD", "SGD float32", "SGD fused float32"),
+        time("plugin, AdamW", best, "float32", "compiled float32 AdamW", 1 / 1.6),
+        time("round_stochastic under torch.compile", "stochastic", "float32", "compiled float32 AdamW"),
+        time("round_stochastic under torch.compile", "stochastic", "nearest", "compiled bfloat16 AdamW, to the nearest"),
+        time("plugin, AdamW", best, "AdamW fused float32", "AdamW fused float32"),
+        time("plugin, AdamW", best, "torchao _AdamW stochastic", "torchao _AdamW stochastic", 7.0, TORCHAO),
+        time("plugin, AdamW", best, "optimi AdamW Kahan", "optimi AdamW Kahan", how=OPTIMI),
         time("plugin, moments bf16", "plugin, moments bf16", "AdamW fused float32", "AdamW fused float32"),
         time(
             "plugin, moments 8bit", "plugin, moments 8bit", "torchao AdamW8bit stochastic", "torchao AdamW8bit stochastic", how=TORCHAO

@@ -13,6 +13,7 @@ KINDS = {
     "precision": "plugins=[...]",
     "strategy": "strategy=",
     "model": "fit(model)",
+    "checkpoint": "plugins=[...]",
 }
 MARKS = "<!-- menu -->", "<!-- /menu -->"
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-KINDS = ("callbacks", "conv", "data", "model", "precision", "strategy")
+KINDS = ("callbacks", "checkpoint", "conv", "data", "model", "precision", "strategy")
 PLUGINS = [(kind, path.stem) for kind in KINDS for path in sorted((ROOT / "lightning_cnn" / kind).glob("*.py")) if path.stem[0] != "_"]
 SECTIONS = ("## Use", "## Price", "## When not to use it", "## Source")
 

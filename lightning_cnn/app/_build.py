@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_cnn.app import _check, _checkpoint
+from lightning_cnn.checkpoint import load
 from lightning_cnn.errors import LightningCNNError, raise_all
 
 
@@ -54,19 +55,20 @@ def model(config: DictConfig, data: L.LightningDataModule) -> L.LightningModule:
 def restored(config: DictConfig, data: L.LightningDataModule) -> L.LightningModule:
     """The model of `ckpt_path`, built from the hyper-parameters in it (plain types, read with `weights_only=True`)."""
     kind = _check.resolve(config.model._target_, tuple(f"{package}." for package in config.get("allow_packages") or ()))
-    return kind.load_from_checkpoint(_checkpoint.find(config.ckpt_path), map_location="cpu", weights_only=True)
+    path = _checkpoint.find(config.ckpt_path)
+    load(path)  # verified; `load_from_checkpoint` reads past the plugin
+    return kind.load_from_checkpoint(path, map_location="cpu", weights_only=True)
 
 
 def trainer(config: DictConfig, folder: Path, **changes: Any) -> L.Trainer:
-    """The Trainer with the menu's callbacks, strategy and precision plugin; logs to `metrics.csv` and TensorBoard in `folder`."""
+    """The Trainer with the menu's callbacks, strategy, precision and checkpoint plugins; logs to `metrics.csv` and TensorBoard in `folder`."""
     callbacks = [built(node) for node in config.callbacks.values() if node]
     arguments = {key: value for key, value in config.trainer.items() if key != "_target_" and value is not None}
     if config.get("strategy"):
         arguments["strategy"] = built(config.strategy)
-    if config.get("precision"):
-        arguments["plugins"] = [built(config.precision)]
+    plugins = [built(config[group]) for group in ("precision", "checkpoint") if config.get(group)]
     loggers = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="tensorboard")]
-    return L.Trainer(callbacks=callbacks, logger=loggers, default_root_dir=folder, **{**arguments, **changes})
+    return L.Trainer(callbacks=callbacks, plugins=plugins, logger=loggers, default_root_dir=folder, **{**arguments, **changes})
 
 
 def seed_everything(seed: int) -> None:

@@ -36,7 +36,7 @@ def with_overrides_of_its_run(verb: str, words: Sequence[str]) -> list[str]:
 
     What is said now wins. A checkpoint that stands outside a run folder brings nothing along.
     """
-    if verb not in ("test", "predict"):
+    if verb not in ("test", "predict", "export"):
         return list(words)
     said = [word.partition("=")[2] for word in words if word.startswith("ckpt_path=")]
     file = find(said[-1] if said else "last")

@@ -17,8 +17,10 @@ VERBS = {
     "predict": "label pictures: predict ckpt_path=last input=FOLDER",
     "pack": "write a folder of pictures into one contiguous file: pack data.root=FOLDER out=FILE",
     "summary": "receptive field, parameters and multiply-adds by layer: summary model.architecture=resnet18",
+    "export": "write a checkpoint as one file that runs elsewhere: export ckpt_path=best out=model.pt2|.onnx|.safetensors",
     "bench": "measure against the peers: bench [loading|...]",
 }
+VERB = "LIGHTNING_CNN_VERB"  # for the other processes of a strategy: Lightning starts them with sys.argv, where Hydra allows no verb
 USAGE = """\
 lightning-cnn VERB [key=value ...]      (-m sweeps: lightning-cnn train -m seed=1,2,3)
 
@@ -37,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return 0
+    if "=" in words[0] and "LOCAL_RANK" in os.environ and VERB in os.environ:
+        words = [os.environ[VERB], *words]
     verb, *rest = words
     if verb not in _available():
         print(f"lightning-cnn has no verb {verb!r}{_did_you_mean(verb, _available())}\n\n{_usage()}", file=sys.stderr)
@@ -64,6 +68,10 @@ def _run(verb: str, overrides: list[str]) -> int:
     from lightning_cnn.errors import LightningCNNError
 
     try:
+        if verb == "bench":
+            from lightning_cnn.app import bench
+
+            overrides = bench.words(overrides)
         if not any(word.startswith(("-h", "--help", "--hydra-help", "--info", "-i", "--version", "-sc")) for word in overrides):
             overrides = _checkpoint.with_overrides_of_its_run(verb, overrides)
             _check.composition(verb, overrides)
@@ -81,6 +89,7 @@ def _hydra(verb: str, overrides: list[str]) -> None:
     def task(config: DictConfig) -> float | None:
         from hydra.core.hydra_config import HydraConfig
 
+        sys.argv = [program, verb, *overrides]  # what a strategy starts its other processes with
         folder = Path(HydraConfig.get().runtime.output_dir)
         module = importlib.import_module(f"lightning_cnn.app.{verb}")
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notes on hardware and products are not this run's
@@ -88,6 +97,7 @@ def _hydra(verb: str, overrides: list[str]) -> None:
             warnings.filterwarnings("ignore", message=noise)
         return module.run(config, folder)
 
+    program = sys.argv[0]
     sys.argv = [f"lightning-cnn {verb}", *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # a traceback of ours says more than Hydra's shortened one
     hydra.main(version_base="1.3", config_path="pkg://lightning_cnn.conf", config_name=verb)(task)()

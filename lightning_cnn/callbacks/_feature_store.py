@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import xxhash
@@ -59,7 +60,8 @@ class FeatureStore:
             )
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f"layout.json.{torch.initial_seed() & 0xFFFF}"
+            # A name of its own: the processes of a run come here at the same time, with the same seed.
+            temporary = self.folder / f"layout.json.{uuid4().hex}"
             temporary.write_text(json.dumps(layout))
             temporary.replace(self.folder / "layout.json")
         self._open(layout)

@@ -1,15 +1,17 @@
 """Members that differ in their weights or statistics: `Ensemble(checkpoints)` and `MCBatchNorm(K)`."""
 
+import glob
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_cnn.callbacks._views import Place, View
+from lightning_cnn.callbacks.snapshot_ensemble import SnapshotEnsemble
 from lightning_cnn.errors import CheckpointError, raise_all
 from lightning_cnn.functional.batch import image_key, read
 
@@ -19,23 +21,36 @@ State = Mapping[str, Tensor]
 class Ensemble(View):
     """One member a checkpoint (Lightning's, or a bare state dict); the model's own weights are a member only if they are listed.
 
+    `checkpoints` are files or patterns (`runs/*/best.ckpt`, as `ModelSoup` takes them; a checkpoint written under `EMA` holds the
+    average), or the word "snapshots": the members of the Trainer's `SnapshotEnsemble(answer=False)`, which is the model itself as long as
+    there are none.
+
     Members are loaded one after the other into the model, which is as it was after each forward. `batched=True` runs them at once with
     `torch.func.vmap`: worth it for small networks on a GPU, and not to be combined with noise inside the network.
     """
 
-    def __init__(self, checkpoints: Sequence[str | Path], batched: bool = False) -> None:
-        self.checkpoints = [Path(path) for path in checkpoints]
-        self.count, self.batched = len(self.checkpoints), batched
+    def __init__(self, checkpoints: Sequence[str | Path] | Literal["snapshots"], batched: bool = False) -> None:
+        self.checkpoints, self.snapshots, self.batched = _listed(checkpoints), checkpoints == "snapshots", batched
+        self.count = len(self.checkpoints)
         self.states: list[State] = []
 
     def problems(self, place: Place) -> list[str]:
+        if self.snapshots:
+            return _snapshot_problems(place)
         if not self.checkpoints:
             return ["Ensemble has no checkpoints. Give at least one path."]
-        return [f"Ensemble: checkpoint '{path}' does not exist." for path in self.checkpoints if not path.is_file()]
+        files = [file for given in self.checkpoints for file in _files(given)]
+        self.count = len(files)
+        return [f"Ensemble: checkpoint '{path}' does not exist." for path in files if not path.is_file()]
 
     def attach(self, place: Place) -> None:
         with torch.inference_mode(False):  # evaluation starts inside inference mode, whose tensors may go nowhere else
-            self.states = [_state(path, place) for path in self.checkpoints]
+            if self.snapshots:
+                members = _snapshots(place.trainer)[0].served or [dict(place.module.state_dict())]  # type: ignore[union-attr]
+                self.states = [_fitting(member, "snapshot", place) for member in members]
+            else:
+                self.states = [_state(file, place) for given in self.checkpoints for file in _files(given)]
+        self.count = len(self.states)
 
     def weights(self, target: nn.Module, member: int) -> Any:
         return _loaded(target, self.states[member])
@@ -120,12 +135,42 @@ def _forward(place: Place, batch: Any) -> None:
             place.module(read(batch, image_key(batch)))
 
 
+def _listed(checkpoints: Sequence[str | Path] | str) -> list[str | Path]:
+    return [checkpoints] if isinstance(checkpoints, str) else list(checkpoints)
+
+
+def _files(given: str | Path) -> list[Path]:
+    """The files of a pattern in the order of their names; what is no pattern is one file, there or not."""
+    named = sorted(glob.glob(str(given))) if glob.has_magic(str(given)) and not Path(given).is_file() else []  # noqa: PTH207
+    return [Path(name) for name in named] or [Path(given)]
+
+
+def _snapshots(trainer: Any) -> list[Any]:
+    return (
+        [callback for callback in vars(trainer)["callbacks"] if isinstance(callback, SnapshotEnsemble)] if trainer is not None else []
+    )
+
+
+def _snapshot_problems(place: Place) -> list[str]:
+    found = _snapshots(place.trainer)
+    if len(found) != 1:
+        return [f"Ensemble('snapshots') takes the members of the Trainer's SnapshotEnsemble, and there are {len(found)}. Give it one."]
+    return (
+        ["SnapshotEnsemble answers for its members itself, and Marginalize would too: give it answer=False."] if found[0].answer else []
+    )
+
+
 def _state(path: Path, place: Place) -> State:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"Ensemble: checkpoint '{path}' cannot be read: {error}") from error
-    saved = {_plain(name): value for name, value in saved.get("state_dict", saved).items()}
+    return _fitting(saved.get("state_dict", saved), f"checkpoint '{path}'", place)
+
+
+def _fitting(state: State, what: str, place: Place) -> State:
+    """The tensors of `state` that are weights of the target; all of them must be there."""
+    saved = {_plain(name): value for name, value in state.items()}
     prefix = f"{_plain(place.name)}." if place.name else ""
     if prefix and any(name.startswith(prefix) for name in saved):
         saved = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
@@ -133,10 +178,10 @@ def _state(path: Path, place: Place) -> State:
     wrong = [name for name, value in own.items() if _plain(name) not in saved or saved[_plain(name)].shape != value.shape]
     if wrong:
         raise CheckpointError(
-            f"Ensemble: checkpoint '{path}' lacks {len(wrong)} of {len(own)} weights of {type(place.target).__name__}, "
+            f"Ensemble: {what} lacks {len(wrong)} of {len(own)} weights of {type(place.target).__name__}, "
             f"or has them in another shape: {', '.join(wrong[:3])}... It belongs to another network."
         )
-    return {name: saved[_plain(name)].to(value.device, value.dtype) for name, value in own.items()}
+    return {name: saved[_plain(name)].to(value.device, value.dtype, copy=True) for name, value in own.items()}
 
 
 def _plain(name: str) -> str:

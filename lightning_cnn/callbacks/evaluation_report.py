@@ -16,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_cnn.callbacks._members import Members
 from lightning_cnn.callbacks._views import place_of, read_views
-from lightning_cnn.callbacks.marginalize import WORDS
+from lightning_cnn.callbacks.marginalize import WORDS, Marginalize
+from lightning_cnn.callbacks.snapshot_ensemble import SnapshotEnsemble
+from lightning_cnn.callbacks.temperature_scaling import TemperatureScaling
 from lightning_cnn.errors import ConfigurationError, raise_all
 from lightning_cnn.functional.batch import Batch, image_key, label_key, read
 from lightning_cnn.functional.calibration import Scores, scores
@@ -61,7 +63,8 @@ class EvaluationReport(Callback):
             return
         place = place_of(pl_module, self.module, trainer)
         self._members = {name: Members(place, views, self.seed) for name, views in self.compare.items()}
-        raise_all(f"{name}: {problem}" for name, members in self._members.items() for problem in members.problems())
+        found = [f"{name}: {problem}" for name, members in self._members.items() for problem in members.problems()]
+        raise_all([*found, *_changed_forwards(trainer)])
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._scores, self._flops = {name: [] for name in self.compare}, {}
@@ -99,6 +102,18 @@ class EvaluationReport(Callback):
         (folder / "evaluation.md").write_text(markdown(self.table, len(joined["single"].nll)))
         reliability_diagram(joined).savefig(folder / "reliability.png")
         rejection_curve(joined).savefig(folder / "rejection.png")
+
+
+def _changed_forwards(trainer: Trainer) -> list[str]:
+    """Callbacks under which the row `single` would not be a plain pass."""
+    changing = (Marginalize, TemperatureScaling, SnapshotEnsemble)
+    others = [other for other in vars(trainer)["callbacks"] if isinstance(other, changing)]
+    return [
+        f"{type(other).__name__} changes the forward that EvaluationReport compares ways of, so every row would be of the changed one. "
+        "Test without it; its views can be a row of compare=."
+        for other in others
+        if not (isinstance(other, Marginalize) and not other.views) and getattr(other, "answer", True)
+    ]
 
 
 def markdown(table: Mapping[str, Mapping[str, float]], n: int) -> str:

@@ -26,15 +26,17 @@ log = logging.getLogger(__name__)
 class SnapshotEnsemble(Callback):
     """`cycles` equal cosine cycles over the whole run; the last `use` snapshots (None: all) answer together.
 
+    `answer=False` leaves that to `Marginalize(views=[Ensemble("snapshots")])`, which multiplies them with other views.
+
     The optimizer's learning rate is each cycle's start, so the module must have no scheduler of its own. `members` are state dicts,
     oldest first, on the CPU; they travel in checkpoints.
     """
 
-    def __init__(self, *, cycles: int = 5, use: int | None = None) -> None:
+    def __init__(self, *, cycles: int = 5, use: int | None = None, answer: bool = True) -> None:
         problems = [f"cycles must be at least 1, got {cycles}"] if cycles < 1 else []
         problems += [f"use must be between 1 and cycles={cycles}, got {use}"] if use is not None and not 1 <= use <= cycles else []
         raise_all(problems)
-        self.cycles, self.use = cycles, use
+        self.cycles, self.use, self.answer = cycles, use, answer
         self.members: list[dict[str, Tensor]] = []
         self._cycle_steps = 1
         self._step = 0
@@ -108,12 +110,18 @@ class SnapshotEnsemble(Callback):
         for group in optimizer.param_groups:
             group["lr"] = self._base.pop(id(group), group["lr"])
 
+    @property
+    def served(self) -> list[dict[str, Tensor]]:
+        """The members that answer."""
+        return self.members[-(self.use or len(self.members)) :] if self.members else []
+
     def _answer(self, pl_module: LightningModule) -> None:
+        if not self.answer:
+            return
         if len(self.members) < 2:
             warnings.warn(f"SnapshotEnsemble has {len(self.members)} members: train with it first.", NoEffectWarning, stacklevel=3)
             return
-        chosen = self.members[-(self.use or len(self.members)) :]
-        here = [{name: tensor.to(pl_module.device) for name, tensor in member.items()} for member in chosen]
+        here = [{name: tensor.to(pl_module.device) for name, tensor in member.items()} for member in self.served]
         self._answering = answering_together(pl_module, here)
         self._calls = self._answering.__enter__()
 

@@ -1,10 +1,10 @@
 """The lecture's rule for transfer learning, applied: how much to finetune, and how fast each part learns.
 
 Few or many pictures a class decides the row, similarity to the pretraining set the column; `similarity="auto"` measures it with
-linear probes on a few hundred pictures. The choice and its reason are said in one line; then `GradualUnfreezing` and
-`DiscriminativeLR` do the work.
+linear probes on a few hundred pictures. The choice and its reason are said in one line; then the head starts as a linear classifier
+fitted to the features of all training pictures, and `GradualUnfreezing` and `DiscriminativeLR` do the work.
 
-Source: CS231n 2016, lecture 11, "transfer learning with CNNs is pervasive".
+Source: CS231n 2016, lecture 11, "transfer learning with CNNs is pervasive"; Kumar et al. 2022, arXiv:2202.10054 (the head's start).
 """
 
 import itertools
@@ -19,23 +19,30 @@ from torch import Tensor
 
 from lightning_cnn.callbacks.discriminative_lr import DiscriminativeLR
 from lightning_cnn.callbacks.gradual_unfreezing import GradualUnfreezing
-from lightning_cnn.errors import ConfigurationError, NoEffectWarning, raise_all
+from lightning_cnn.errors import ConfigurationError, NoEffectWarning, UnsupportedLayerError, raise_all
 from lightning_cnn.functional.transfer import Recipe, similarity_of, transfer_recipe
 from lightning_cnn.nn.features import features, image_of
 from lightning_cnn.nn.probe import linear_probe, shots
 from lightning_cnn.nn.stages import stages
+from lightning_cnn.nn.transfer_head import head_probe, start_head
 
 log = logging.getLogger(__name__)
 
 
 class TransferRecipe(Callback):
-    """`similarity`: "auto", "high" or "low". `probe_images`: how many training pictures "auto" looks at."""
+    """`similarity`: "auto", "high" or "low". `probe_images`: how many training pictures "auto" looks at.
 
-    def __init__(self, *, similarity: str = "auto", probe_images: int = 400, patterns: Sequence[str] | None = None) -> None:
+    `head`: "probe" starts the last layer as a fitted linear classifier, "as_is" leaves it alone.
+    """
+
+    def __init__(
+        self, *, similarity: str = "auto", probe_images: int = 400, head: str = "probe", patterns: Sequence[str] | None = None
+    ) -> None:
         problems = [f"similarity must be auto, high or low, got {similarity!r}"] if similarity not in ("auto", "high", "low") else []
         problems += [f"probe_images must be at least 20, got {probe_images}"] if probe_images < 20 else []
+        problems += [f"head must be probe or as_is, got {head!r}"] if head not in ("probe", "as_is") else []
         raise_all(problems)
-        self.similarity, self.probe_images, self.patterns = similarity, probe_images, patterns
+        self.similarity, self.probe_images, self.head, self.patterns = similarity, probe_images, head, patterns
         self.recipe: Recipe | None = None
         self._parts: list[Any] = []
         self._chosen: tuple[str, str, int, int] | None = None
@@ -68,6 +75,8 @@ class TransferRecipe(Callback):
         self._each("setup", trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._chosen is not None and self.head == "probe" and trainer.ckpt_path is None:
+            self._start_head(trainer, pl_module)
         self._each("on_fit_start", trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,6 +94,25 @@ class TransferRecipe(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._each("on_exception", trainer, pl_module, exception)
+
+    def _start_head(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        strategy = trainer.strategy
+
+        def forward(batch: Any) -> Any:
+            # The class's own transfer: the probe is fitted to pictures as they are, without other callbacks' noise.
+            moved = type(strategy).batch_to_device(strategy, batch)
+            with strategy.precision_plugin.forward_context():
+                return pl_module(image_of(strategy.precision_plugin.convert_input(moved)))
+
+        try:
+            with torch.random.fork_rng():
+                # Loaders may shuffle, and every process must start from the same weights.
+                start_head(pl_module, strategy.broadcast(head_probe(pl_module, data.train_dataloader(), forward)))
+        except UnsupportedLayerError as error:
+            warnings.warn(f"TransferRecipe leaves the head as it is: {error}", NoEffectWarning, stacklevel=2)
+            return
+        log.info("the head starts as a linear classifier fitted to the training pictures")
 
     def _each(self, hook: str, *arguments: Any) -> None:
         for part in self._parts:

@@ -19,6 +19,7 @@ from lightning_cnn.conv._store import Store, default_folder
 SWITCH_ABOVE = 1.10
 OVERHEAD_S = 4e-5  # what a pass through the operator costs more than a stock one; measured 15 to 75 microseconds
 ROUNDS, HOPELESS = 9, 1.5
+WINS = 7 / 9  # of the rounds: a choice that owes its median to a busy machine loses some (by chance: once in 11)
 EVICTED_BYTES = 32 << 20
 log = logging.getLogger(__name__)
 
@@ -131,14 +132,18 @@ class Tuner:
         return [name for name in sorted(names) if name not in refused], refused
 
     def _decide(self, call: Call, candidates: list[str], refused: dict[str, str]) -> Decision:
-        seconds = self._race(call, candidates)
-        seconds = {name: value + (name != "default") * OVERHEAD_S for name, value in seconds.items()}
-        default, runner_up = seconds["default"], ""
+        candidates, failed = self._that_run(call, candidates)
+        times = self._race(call, candidates)
+        seconds = {name: statistics.median(values) + (name != "default") * OVERHEAD_S for name, values in times.items()}
+        default, runner_up = seconds["default"], "; ".join(f"{name} failed: {why}" for name, why in failed.items())
         for name in sorted(seconds, key=lambda name: seconds[name]):
             ratio = default / seconds[name]
             if name == "default" or ratio <= SWITCH_ABOVE:
                 break
-            warm = self._race(call, ["default", name], evict=False)
+            if not _wins(times["default"], times[name]):
+                runner_up = f"{name} has the better median ({ratio:.2f}x) but loses too many rounds"
+                continue
+            warm = {each: statistics.median(values) for each, values in self._race(call, ["default", name], evict=False).items()}
             if warm["default"] < warm[name] + OVERHEAD_S:  # Whoever holds the filters in the cache must not lose by the choice either
                 runner_up = f"{name} is {ratio:.2f}x faster on a cold cache but {warm['default'] / warm[name]:.2f}x on a warm one"
                 continue
@@ -155,19 +160,31 @@ class Tuner:
         return Decision("default", default, default, None, 0, reason)
 
     def _revised(self, call: Call, decision: Decision) -> Decision:
-        seconds = self._race(call, ["default", decision.algorithm])
+        seconds = {name: statistics.median(values) for name, values in self._race(call, ["default", decision.algorithm]).items()}
         ratio = seconds["default"] / (seconds[decision.algorithm] + OVERHEAD_S)
         if ratio >= 1:
             return decision
         reason = f"reverted: {decision.algorithm} was measured again at {ratio:.2f}x"
         return Decision("default", seconds["default"], seconds["default"], None, 0, reason)
 
-    def _race(self, call: Call, names: list[str], evict: bool = True) -> dict[str, float]:
-        """Median seconds of each, run in turns so that a slow moment of the machine hits all alike; the hopeless drop out early."""
-        operands = example(call)
-        if len(names) > 1:
-            for name in names:
+    def _that_run(self, call: Call, names: list[str]) -> tuple[list[str], dict[str, str]]:
+        """The candidates that survive a first run, which also compiles them, and what the others raised."""
+        if len(names) == 1:
+            return names, {}
+        operands, failed = example(call), {}
+        for name in names:
+            try:
                 load(name).compute(call, *operands)
+            except Exception as error:
+                if name == "default":
+                    raise
+                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                log.warning("%s failed on %s of %s, %s: left out. %s", name, call.role, call.x, call.weight, failed[name])
+        return [name for name in names if name not in failed], failed
+
+    def _race(self, call: Call, names: list[str], evict: bool = True) -> dict[str, list[float]]:
+        """Seconds of each, run in turns so that a slow moment of the machine hits all alike; the hopeless drop out early."""
+        operands = example(call)
         times: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(ROUNDS if len(names) > 1 else 1):
             for name in times:
@@ -177,7 +194,7 @@ class Tuner:
                 times = {name: values for name, values in times.items() if name == "default" or min(values) <= HOPELESS * best}
                 if len(times) == 1:
                     break
-        return {name: statistics.median(values) for name, values in times.items()}
+        return times
 
     def _timed(self, call: Call, name: str, operands: tuple[Tensor, Tensor, Tensor | None], evict: bool) -> float:
         if evict:
@@ -190,6 +207,11 @@ class Tuner:
         if call.device == "cuda":
             torch.cuda.synchronize()
         return clock() - start
+
+
+def _wins(default: list[float], other: list[float]) -> bool:
+    won = sum(theirs > ours + OVERHEAD_S for theirs, ours in zip(default, other, strict=True))
+    return won >= WINS * len(other)
 
 
 def _sentence(refused: dict[str, str]) -> str:

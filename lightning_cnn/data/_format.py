@@ -9,14 +9,11 @@ Everything that is not in the header is reached through it, so a file is readabl
 last, into a file that has its final name only after everything has reached the disk.
 """
 
-import errno
-import fcntl
 import json
 import mmap
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from lightning_cnn.errors import DataError
+from lightning_cnn.files import replacing
 from lightning_cnn.kernels.checksum import SHORT, first_wrong
 
 MAGIC, VERSION, PAGE = b"LCNNPACK", 1, 4096
@@ -221,46 +219,6 @@ def _header(table: np.ndarray, text: bytes, payload_bytes: int, codec: int, chan
         metadata_bytes=len(text), index_offset=index_offset, index_bytes=table.nbytes, file_bytes=index_offset + table.nbytes,
         metadata_checksum=xxh3_64_intdigest(text), index_checksum=xxh3_64_intdigest(table.tobytes()),
     )  # fmt: skip
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A file that appears under its name complete and on the disk, or not at all.
-
-    It grows under one temporary name beside it, locked: a killed writer leaves that behind and the next one reuses it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("ab") as lock:
-        _lock(lock, path)
-        try:
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            _sync_folder(path.parent)
-        except BaseException as error:
-            with suppress(FileNotFoundError):
-                partial.unlink()
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise DataError(f"{path}: the disk is full; nothing was written. Free some space or choose another folder.") from error
-            raise
-
-
-def _lock(file: Any, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DataError(f"{path}: another process is writing it. Wait for it, or choose another name.") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 assert len(fields(Header)) == len(HEADER.unpack(bytes(HEADER.size)))

@@ -1,7 +1,7 @@
 """`PackedImages`: packed files as a map-style dataset for anyone's DataLoader."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,8 +87,7 @@ class PackedImages(Dataset):
     def locate(self, index: int) -> tuple[Packed, int]:
         """The file that holds a sample, and its position there."""
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        if self.remote is not None:
-            self.remote.require(shard)
+        self.bring([shard])
         return self.files[shard], index - int(self.starts[shard])
 
     def shards(self, indices: np.ndarray) -> np.ndarray:
@@ -96,10 +95,11 @@ class PackedImages(Dataset):
         shard = np.searchsorted(self.starts, indices % len(self), side="right") - 1
         return shard[np.sort(np.unique(shard, return_index=True)[1])]
 
-    def require(self, indices: np.ndarray) -> None:
-        """Have the shards of some samples here, all at once."""
-        for shard in self.shards(indices) if self.remote is not None else ():
-            self.remote.require(int(shard))  # pyright: ignore[reportOptionalMemberAccess]  # it is not None in this loop
+    def bring(self, shards: Iterable[int]) -> None:
+        """Fetch those of some files that are not here."""
+        if self.remote is not None:
+            for shard in shards:
+                self.remote.require(int(shard))
 
     def by_file(self, indices: np.ndarray) -> Iterator[tuple[Packed, np.ndarray, np.ndarray]]:
         """(file, positions within `indices`, index entries) for each file that holds some of them."""
@@ -163,8 +163,7 @@ class PackedImages(Dataset):
         return pixels, place
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.remote is not None:  # another process reads the local files
-            self.require(np.arange(len(self)))
+        self.bring(range(len(self.files)))  # another process reads the local files
         return {"_paths": self._paths, "_verify": self._verify, "remote": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

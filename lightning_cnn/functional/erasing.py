@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Int64, Shaped
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from lightning_cnn.functional import counter
 from lightning_cnn.functional.keyed_random import KeyedRandom
 
 
@@ -30,7 +31,23 @@ def erased_boxes(
 
 def erase(image: Shaped[Tensor, "b c h w"], boxes: Int64[Tensor, "b 4"], fill: Shaped[Tensor, "..."]) -> Shaped[Tensor, "b c h w"]:
     """`image` with the inside of each rectangle replaced by `fill`, which broadcasts. Source: Zhong et al. 2017, arXiv:1708.04896."""
-    down, across = (torch.arange(n, device=image.device) for n in image.shape[2:])
+    return torch.where(_inside(boxes, (image.shape[2], image.shape[3]))[:, None], fill, image)
+
+
+def noise_inside(
+    key: int, index: Int64[Tensor, " b"], boxes: Int64[Tensor, "b 4"], shape: tuple[int, int, int, int]
+) -> Float[Tensor, "b c h w"]:
+    """Uniform numbers inside the rectangles, a function of (key, sample, pixel, channel); zero outside, where none are drawn."""
+    inside = _inside(boxes, shape[2:])[:, None].expand(shape).flatten(1)
+    row, element = inside.nonzero(as_tuple=True)
+    result = torch.zeros(inside.shape, device=boxes.device)
+    result[row, element] = counter.uniform(key, (index[row] << 32) + element)
+    return result.view(shape)
+
+
+def _inside(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """(b h w): which pixels a rectangle holds."""
+    down, across = (torch.arange(n, device=boxes.device) for n in size)
     top, left, bottom, right = (boxes[:, side, None] for side in range(4))
     rows, columns = (down >= top) & (down < bottom), (across >= left) & (across < right)
-    return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], fill, image)
+    return rows[:, :, None] & columns[:, None, :]

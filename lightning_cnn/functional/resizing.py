@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 
@@ -29,3 +29,34 @@ def resize(image: Shaped[Tensor, "b c h w"], size: tuple[int, int]) -> Shaped[Te
     result = result if image.is_floating_point() else result.round().clamp(0, 255)
     layout = torch.channels_last if image.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     return result.to(image.dtype).contiguous(memory_format=layout)
+
+
+def resize_mask(mask: Shaped[Tensor, "b ..."], size: tuple[int, int]) -> Shaped[Tensor, "b ..."]:
+    """The nearest pixel's label; (b h w) or (b c h w) of any type."""
+    maps = mask if mask.ndim == 4 else mask[:, None]
+    rows, columns = (
+        ((torch.arange(new, device=mask.device) + 0.5) * old / new).long() for new, old in zip(size, maps.shape[2:], strict=True)
+    )
+    result = maps[:, :, rows[:, None], columns]
+    return result if mask.ndim == 4 else result[:, 0]
+
+
+def resize_points(points: Float[Tensor, "b ... 2"], before: tuple[int, int], after: tuple[int, int]) -> Float[Tensor, "b ... 2"]:
+    """Where pixel indices (x, y) land; a pixel's index is its centre, so the picture ends half a pixel further out."""
+    scale = points.new_tensor([after[1] / before[1], after[0] / before[0]])
+    return (points + 0.5) * scale - 0.5
+
+
+def resize_annotation(value: Tensor, kind: str, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
+    """A mask, boxes (b n 4; corners, or `bbox_xywh`), boxes as four corners (b n 4 2) or keypoints (b n 2) of resized pictures."""
+    if kind == "mask":
+        return resize_mask(value, after)
+    points = value if value.is_floating_point() else value.float()
+    if kind == "bbox_xywh":
+        corner = resize_points(points[..., :2], before, after)
+        result = torch.cat([corner, points[..., 2:] * points.new_tensor([after[1] / before[1], after[0] / before[0]])], -1)
+    elif kind == "bbox_xyxy":
+        result = resize_points(points.unflatten(-1, (2, 2)), before, after).flatten(-2)
+    else:
+        result = resize_points(points, before, after)
+    return result if value.is_floating_point() else result.round().to(value.dtype)

@@ -3,88 +3,96 @@
 import numpy as np
 from numba import get_num_threads, njit, prange, set_num_threads
 
-STRIP = 1024  # pixels
 FAST = {"contract", "nsz", "arcp", "reassoc"}
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy", fastmath=FAST)
-def _warp_colour(image, terms, lens, border, moves, colours, gain, pivot, light, out):
-    samples, channels, height, width = out.shape
-    high, wide = image.shape[2:]
-    for b in prange(samples):
-        if moves:
-            rows = min(height, max(1, STRIP // width))  # the taps of a strip stay in the first-level cache
-            offsets, weights = np.empty((4, rows * width), np.uint32), np.empty((4, rows * width), np.float32)
-            for first in range(0, height, rows):
-                last = min(first + rows, height)
-                for row in range(first, last):
-                    _taps(row, (row - first) * width, width, height, high, wide, terms[b], lens, border, offsets, weights)
-                for c in range(channels):
-                    _gather(image[b, c].reshape(-1), offsets, weights, out[b, c].reshape(-1)[first * width : last * width])
-        else:
-            out[b] = image[b]
-        if colours:
-            _colour(out[b].reshape(channels, height * width), gain[b], pivot[b], light[b])
+def _in_parallel(image, terms, lens, border, moves, colours, gain, pivot, light, out):
+    for b in prange(len(out)):
+        _picture(image[b], terms[b], lens, border, moves, colours, gain[b], pivot[b], light[b], out[b])
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
-def _taps(row, start, width, height, high, wide, t, lens, border, offsets, weights):
-    """Where in a plane of the input the four neighbours of each pixel of a row lie, and what they weigh: zero outside."""
-    zero, one = np.float32(0), np.float32(1)
-    y = np.float32(row - (height - 1) * 0.5)
-    middle = np.float32((width - 1) * 0.5)
+@njit(cache=True, nogil=True, error_model="numpy", fastmath=FAST)
+def _in_turn(image, terms, lens, border, moves, colours, gain, pivot, light, out):
+    for b in range(len(out)):
+        _picture(image[b], terms[b], lens, border, moves, colours, gain[b], pivot[b], light[b], out[b])
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath=FAST)
+def _picture(image, terms, lens, border, moves, colours, gain, pivot, light, out):
+    if moves:
+        for row in range(out.shape[1]):
+            _row(image, terms, lens, border, row, out)
+    else:
+        out[:] = image
+    if colours:
+        _colour(out.reshape(out.shape[0], out.shape[1] * out.shape[2]), gain, pivot, light)
+
+
+@njit(cache=True, nogil=True, boundscheck=False, error_model="numpy", fastmath=FAST)
+def _row(image, t, lens, border, row, out):
+    """One row of the output: bilinear, one pixel after the other, because eight at a time would wait for their gathers."""
+    channels, height, width = out.shape
+    high, wide = image.shape[1:]
+    planes, result = image.reshape(-1), out.reshape(-1)
+    zero, one, three = np.float32(0), np.float32(1), channels == 3
     last_x, last_y = np.float32(wide - 1), np.float32(high - 1)
-    o0, o1, o2, o3 = (offsets[0, start:], offsets[1, start:], offsets[2, start:], offsets[3, start:])
-    w0, w1, w2, w3 = (weights[0, start:], weights[1, start:], weights[2, start:], weights[3, start:])
+    y, middle = np.float32(row - (height - 1) * 0.5), np.float32((width - 1) * 0.5)
+    u_row, v_row = t[0, 0] + t[0, 2] * y, t[1, 0] + t[1, 2] * y
     for column in range(width):
         x = np.float32(column) - middle
-        u = t[0, 0] + t[0, 1] * x + t[0, 2] * y
-        v = t[1, 0] + t[1, 1] * x + t[1, 2] * y
+        u, v = u_row + t[0, 1] * x, v_row + t[1, 1] * x
         if lens:
             r2 = x * x + y * y
             r4 = r2 * r2
-            u += (
-                (t[0, 3] * x + t[0, 4] * y) * r2
-                + (t[0, 5] * x + t[0, 6] * y) * r4
-                + t[0, 7] * x * x
-                + t[0, 8] * x * y
-                + t[0, 9] * y * y
-            )
-            v += (
-                (t[1, 3] * x + t[1, 4] * y) * r2
-                + (t[1, 5] * x + t[1, 6] * y) * r4
-                + t[1, 7] * x * x
-                + t[1, 8] * x * y
-                + t[1, 9] * y * y
-            )
+            u += _bend(t[0], x, y, r2, r4)
+            v += _bend(t[1], x, y, r2, r4)
         if border:
             u, v = min(max(u, zero), last_x), min(max(v, zero), last_y)
-        # A tap's weight is max(0, 1 - distance), so the taps are the clamped neighbours and none outside weighs anything.
-        u, v = min(max(u, -one), last_x + one), min(max(v, -one), last_y + one)
-        left, top = np.floor(u), np.floor(v)
-        fx, fy = u - left, v - top
-        west = (one - fx) * (left >= zero) * (left <= last_x)
-        east = fx * (left < last_x)
-        north = (one - fy) * (top >= zero) * (top <= last_y)
-        south = fy * (top < last_y)
-        x0, x1 = min(max(left, zero), last_x), min(left + one, last_x)
-        y0, y1 = min(max(top, zero), last_y), min(top + one, last_y)
-        upper, lower = np.uint32(np.int32(y0)) * np.uint32(wide), np.uint32(np.int32(y1)) * np.uint32(wide)
-        o0[column], o1[column] = upper + np.uint32(np.int32(x0)), upper + np.uint32(np.int32(x1))
-        o2[column], o3[column] = lower + np.uint32(np.int32(x0)), lower + np.uint32(np.int32(x1))
-        w0[column], w1[column] = north * west, north * east
-        w2[column], w3[column] = south * west, south * east
+        place = np.uintp(row * width + column)
+        if u >= zero and v >= zero and u < last_x and v < last_y:
+            left, top = np.int32(u), np.int32(v)
+            fx, fy = u - np.float32(left), v - np.float32(top)
+            first = np.uintp(top * wide + left)
+            south_east = fx * fy
+            east, south = fx - south_east, fy - south_east
+            stay = one - fx - south
+            if three:
+                for c in range(3):
+                    at = first + np.uintp(c * high * wide)
+                    below = at + np.uintp(wide)
+                    upper = stay * planes[at] + east * planes[at + np.uintp(1)]
+                    lower = south * planes[below] + south_east * planes[below + np.uintp(1)]
+                    result[place + np.uintp(c * height * width)] = upper + lower
+            else:
+                for c in range(channels):
+                    _edge_or_inside(image[c], u, v, result, place + np.uintp(c * height * width))
+        else:
+            for c in range(channels):
+                _edge_or_inside(image[c], u, v, result, place + np.uintp(c * height * width))
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
-def _gather(plane, offsets, weights, out):
-    for column in range(out.shape[0]):
-        out[column] = (
-            weights[0, column] * plane[offsets[0, column]]
-            + weights[1, column] * plane[offsets[1, column]]
-            + weights[2, column] * plane[offsets[2, column]]
-            + weights[3, column] * plane[offsets[3, column]]
-        )
+@njit(cache=True, nogil=True, inline="always")
+def _bend(t, x, y, r2, r4):
+    """What a lens adds to one coordinate."""
+    return (t[3] * x + t[4] * y) * r2 + (t[5] * x + t[6] * y) * r4 + t[7] * x * x + t[8] * x * y + t[9] * y * y
+
+
+@njit(cache=True, nogil=True, boundscheck=False, error_model="numpy", fastmath=FAST)
+def _edge_or_inside(plane, u, v, result, place):
+    """Bilinear anywhere: of the four neighbours those outside count as zero."""
+    high, wide = plane.shape
+    total = np.float32(0)
+    if u > -1 and v > -1 and u < wide and v < high:
+        left, top = int(np.floor(u)), int(np.floor(v))
+        fx, fy = u - np.float32(left), v - np.float32(top)
+        for dy in range(2):
+            for dx in range(2):
+                if 0 <= left + dx < wide and 0 <= top + dy < high:
+                    wx = fx if dx else np.float32(1) - fx
+                    wy = fy if dy else np.float32(1) - fy
+                    total += wx * wy * plane[top + dy, left + dx]
+    result[place] = total
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
@@ -124,10 +132,14 @@ def warp_colour(image, terms, lens, border, moves, colours, gain, pivot, light, 
     where `lens` is set. `gain` (b 3 3), `pivot` and `light` (b 3) are those of `functional.colour`.
     """
     out = np.empty((*image.shape[:2], *size), np.float32)
+    arguments = (image, terms, lens, border, moves, colours, gain, pivot, light, out)
     before = get_num_threads()
-    set_num_threads(max(1, min(threads, before)))
+    if min(threads, before, len(image)) == 1:  # one thread need not wait for the others to wake up
+        _in_turn(*arguments)
+        return out
+    set_num_threads(min(threads, before))
     try:
-        _warp_colour(image, terms, lens, border, moves, colours, gain, pivot, light, out)
+        _in_parallel(*arguments)
     finally:
         set_num_threads(before)
     return out

@@ -8,12 +8,13 @@ pixel is filled with zeros.
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from lightning_cnn.kernels.threads import use
 
 _ADDRESS = ir.IntType(64)
 
@@ -128,11 +129,8 @@ def pack(x: np.ndarray, channels_last: bool, threads: int = 1) -> np.ndarray:
 
 
 def chosen(loop: tuple[Any, Any], threads: int) -> Any:
-    """The form of a loop for so many threads; sets numba's count for this Python thread."""
-    threads = min(threads, numba.config.NUMBA_NUM_THREADS)  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
-    if threads > 1:
-        numba.set_num_threads(threads)
-    return loop[threads > 1]
+    """The form of a loop for so many threads, which it takes from torch's own pool."""
+    return loop[threads > 1 and use(threads) > 1]
 
 
 @njit(boundscheck=False, nogil=True, error_model="numpy", cache=True)

@@ -5,6 +5,7 @@ Triton form is imported from `lightning_cnn.kernels.counter_triton`, as Triton e
 """
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, uint32, uint64
 from numba.extending import intrinsic
 
@@ -17,19 +18,33 @@ def _mix32(typing_context, value):
     """The mixer on 32-bit integers of the compiler: numba's own uint32 arithmetic widens to 64 bits, which halves the vectors."""
 
     def build(context, builder, signature, arguments):
-        (word,) = arguments
-        for shift, factor in ((16, MULTIPLY_1), (15, MULTIPLY_2)):
-            word = builder.mul(builder.xor(word, builder.lshr(word, word.type(shift))), word.type(factor))
-        return builder.xor(word, builder.lshr(word, word.type(16)))
+        return mix_vector(builder, arguments[0])
 
     return uint32(uint32), build
+
+
+def mix_vector(builder, word):
+    """The mixer in LLVM instructions, on a 32-bit integer or a vector of them; `bits` is two of it."""
+
+    def constant(value):
+        return ir.Constant(word.type, [value] * word.type.count if isinstance(word.type, ir.VectorType) else value)
+
+    for shift, factor in ((16, MULTIPLY_1), (15, MULTIPLY_2)):
+        word = builder.mul(builder.xor(word, builder.lshr(word, constant(shift))), constant(factor))
+    return builder.xor(word, builder.lshr(word, constant(16)))
+
+
+@njit(uint32(uint64, uint64), cache=True, nogil=True, inline="always")
+def high(key, index):
+    """What enters `bits` between its two rounds: the high halves."""
+    return uint32(uint32(uint32(index >> uint64(32)) * uint32(GOLDEN32)) + uint32(key >> uint64(32)))
 
 
 @njit(uint32(uint64, uint64), cache=True, nogil=True, inline="always")
 def bits(key, index):
     """32 random bits of one index, for use inside compiled loops."""
     mixed = _mix32(uint32(uint32(index) + uint32(key)))  # pyright: ignore[reportCallIssue]  (numba passes the context)
-    return _mix32(mixed ^ uint32(uint32(index >> uint64(32)) * uint32(GOLDEN32) + uint32(key >> uint64(32))))
+    return _mix32(mixed ^ high(key, index))
 
 
 @njit(cache=True, nogil=True, inline="always")

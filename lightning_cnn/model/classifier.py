@@ -11,6 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_cnn.errors import ConfigurationError, raise_all
 from lightning_cnn.nn import backbones
+from lightning_cnn.nn.transfer_head import transfer_head
 
 
 class Classifier(L.LightningModule):
@@ -24,6 +25,8 @@ class Classifier(L.LightningModule):
         classes: their names, or how many.
         weights: a local `.pth` or `.safetensors` file, a name of torchvision's enum such as `DEFAULT`, or none. A head of another size
             is left as initialised. Read at construction, unlike a plugin's files, so that a bare `Classifier(...)(pictures)` is right.
+        head: `own`, the network's; or `transfer`, a linear classifier on standardised features, which `TransferRecipe` starts as a
+            fitted probe.
         in_channels: channels of the pictures; grey pictures are repeated for a network that takes three.
         optimizer: a class of `torch.optim` in lower case: adamw, sgd, ...
         lr: the learning rate, the peak of it under `one_cycle`.
@@ -44,6 +47,7 @@ class Classifier(L.LightningModule):
         architecture: str = "resnet18",
         classes: Sequence[str] | int = 10,
         weights: str | None = None,
+        head: Literal["own", "transfer"] = "own",
         in_channels: int = 3,
         optimizer: str = "adamw",
         lr: float = 1e-3,
@@ -56,16 +60,18 @@ class Classifier(L.LightningModule):
     ) -> None:
         super().__init__()
         names = [str(k) for k in range(classes)] if isinstance(classes, int) else [str(name) for name in classes]
-        _check(names, optimizer, schedule)
+        _check(names, optimizer, schedule, head)
         if mean is None or std is None:
             mean, std = backbones.normalisation(architecture, weights) if weights else ([0.0] * in_channels, [1.0] * in_channels)
         self.classes = names
         self.network = backbones.build(architecture, num_classes=len(names), in_channels=in_channels)
         self.loaded = backbones.load(self.network, weights, architecture=architecture) if weights else None
+        if head == "transfer":
+            transfer_head(self.network, len(names))
         self.save_hyperparameters(
             {
-                "architecture": architecture, "classes": names, "in_channels": in_channels, "optimizer": optimizer, "lr": lr,
-                "weight_decay": weight_decay, "momentum": momentum, "schedule": schedule, "label_smoothing": label_smoothing,
+                "architecture": architecture, "classes": names, "head": head, "in_channels": in_channels, "optimizer": optimizer,
+                "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "schedule": schedule, "label_smoothing": label_smoothing,
                 "mean": [float(v) for v in mean], "std": [float(v) for v in std],
             }
         )  # fmt: skip
@@ -128,7 +134,7 @@ class Classifier(L.LightningModule):
         return first.in_channels == 3
 
 
-def _check(names: list[str], optimizer: str, schedule: str) -> None:
+def _check(names: list[str], optimizer: str, schedule: str, head: str) -> None:
     problems = []
     if len(names) < 2:
         problems.append(f"classes: a classifier needs two or more, got {names}")
@@ -136,6 +142,8 @@ def _check(names: list[str], optimizer: str, schedule: str) -> None:
         problems.append(f"optimizer={optimizer!r} is not a class of torch.optim; try adamw or sgd")
     if schedule not in ("constant", "cosine", "one_cycle"):
         problems.append(f"schedule={schedule!r} is not known; choose constant, cosine or one_cycle")
+    if head not in ("own", "transfer"):
+        problems.append(f"head={head!r} is not known; choose own or transfer")
     raise_all(problems, ConfigurationError)
 
 

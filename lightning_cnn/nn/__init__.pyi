@@ -28,4 +28,7 @@ from .surgery import bottleneck as bottleneck
 from .surgery import depthwise_separable as depthwise_separable
 from .surgery import factorize as factorize
 from .surgery import stack_small_filters as stack_small_filters
+from .transfer_head import head_probe as head_probe
+from .transfer_head import start_head as start_head
+from .transfer_head import transfer_head as transfer_head
 from .trivial_augment import TrivialAugment as TrivialAugment

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lightning_cnn.errors import ConfigurationError, DataError, raise_all
@@ -27,6 +28,28 @@ class Probe:
     classifier: object
 
 
+@dataclass(frozen=True)
+class LinearForm:
+    """A fitted probe as tensors: `weight @ (x - mean) / std + bias` are the logits of `classes`."""
+
+    classes: tuple[int, ...]
+    mean: Tensor
+    std: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def linear_form(features: Tensor, labels: Tensor, *, strengths: Sequence[float] = (1e-3, 1e-2), seed: int = 0) -> LinearForm:
+    """Logistic regression on standardised features, as tensors to start a layer from; of two classes each gets half the logit."""
+    x, y = _checked(features, labels)
+    scaler, model = _classifier("logistic", _chosen(x, y, "logistic", strengths, seed)).fit(x, y)
+    weight, bias = model.coef_, model.intercept_
+    if len(weight) == 1:
+        weight, bias = (np.concatenate([-part, part]) / 2 for part in (weight, bias))
+    numbers = (torch.from_numpy(np.asarray(part)).float() for part in (scaler.mean_, scaler.scale_, weight, bias))
+    return LinearForm(tuple(model.classes_.tolist()), *numbers)
+
+
 def linear_probe(
     train: Tensor,
     train_labels: Tensor,
@@ -44,9 +67,7 @@ def linear_probe(
     raise_all([f"kind must be 'logistic' or 'svm', got {kind!r}"] if kind not in ("logistic", "svm") else [])
     if not strengths:
         raise ConfigurationError("strengths must not be empty.")
-    x, y = train.flatten(1).double().numpy(), train_labels.numpy()
-    if len(set(y.tolist())) < 2:
-        raise DataError(f"a probe needs at least two classes, the training labels hold {sorted(set(y.tolist()))}.")
+    x, y = _checked(train, train_labels)
     best = _chosen(x, y, kind, strengths, seed)
     classifier = _classifier(kind, best).fit(x, y)
     predicted = classifier.predict(test.flatten(1).double().numpy())
@@ -65,6 +86,13 @@ def shots(labels: Tensor, per_class: int | None, seed: int = 0) -> Tensor:
             raise DataError(f"class {label} has {len(mine)} samples, {per_class} were asked for.")
         taken.update(mine[:per_class].tolist())
     return order[[position for position, index in enumerate(order.tolist()) if index in taken]]
+
+
+def _checked(features: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    x, y = features.flatten(1).double().numpy(), labels.numpy()
+    if len(set(y.tolist())) < 2:
+        raise DataError(f"a probe needs at least two classes, the training labels hold {sorted(set(y.tolist()))}.")
+    return x, y
 
 
 def _chosen(x: np.ndarray, y: np.ndarray, kind: str, strengths: Sequence[float], seed: int) -> float:

@@ -12,4 +12,5 @@ from .projection import projection as projection
 from .rejection_curve import rejection_curve as rejection_curve
 from .reliability_diagram import reliability_diagram as reliability_diagram
 from .schedule import schedule as schedule
+from .step_timeline import step_timeline as step_timeline
 from .sweep import sweep as sweep

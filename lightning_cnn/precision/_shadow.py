@@ -2,19 +2,48 @@
 
 For the length of a step the optimizer's groups hold float32 shadows; the parameters themselves are never re-typed, as assigning
 `p.data` of another dtype drops the parameter's gradient accumulator and silently ends DDP's synchronisation.
+
+Optimizers that treat every element alike step through a large parameter a piece at a time, so that no shadow is larger than asked.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, optim
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-Pairs = list[tuple[Tensor, Tensor]]
+ALIGNED = 256  # elements; a piece begins at a multiple of it, as do the scales of 8-bit states
+ELEMENTWISE = {
+    *(optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta, optim.RMSprop),
+    *(optim.Rprop, optim.ASGD),
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter, or the rows `start` to `stop` of one."""
+
+    parameter: Tensor
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop is None or self.stop == len(self.parameter)
+
+    @property
+    def first(self) -> int:
+        """The elements before it."""
+        return self.start * self.parameter[0].numel() if self.start else 0
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Its part of something that has the parameter's shape."""
+        return whole if self.stop is None else whole[self.start : self.stop]
 
 
 def parameters(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -32,40 +61,36 @@ def splits(optimizer: Optimizer) -> bool:
     return own and not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
 
 
-def buckets(optimizer: Optimizer, bucket_mib: float) -> list[list[Tensor]]:
-    """The parameters that have a gradient, in runs whose float32 shadows take at most `bucket_mib` (or one parameter)."""
+def runs(optimizer: Optimizer, is_low: Callable[[Tensor], bool], bucket_mib: float, done: Collection[Tensor] = ()) -> list[list[Piece]]:
+    """What has a gradient and is not `done`, in runs whose float32 shadows take at most `bucket_mib` (or one that cannot be cut)."""
     limit = bucket_mib * 2**20 / 4 if splits(optimizer) else math.inf
-    runs: list[list[Tensor]] = [[]]
+    found: list[list[Piece]] = [[]]
     size = 0
     for parameter in parameters(optimizer):
-        if parameter.grad is None:
+        if parameter.grad is None or parameter in done:
             continue
-        if runs[-1] and size + parameter.numel() > limit:
-            runs.append([])
-            size = 0
-        runs[-1].append(parameter)
-        size += parameter.numel()
-    return runs
+        cut = type(optimizer) in ELEMENTWISE and is_low(parameter) and not isinstance(parameter, DTensor)
+        for piece in _cut(parameter, limit if cut else math.inf):
+            numbers = piece.of(parameter).numel()
+            if found[-1] and size + numbers > limit:
+                found.append([])
+                size = 0
+            found[-1].append(piece)
+            size += numbers
+    return found
 
 
-@contextmanager
-def only(optimizer: Optimizer, chosen: Iterable[Tensor]) -> Iterator[None]:
-    """Narrow the optimizer to the chosen parameters."""
-    wanted = {id(parameter) for parameter in chosen}
-    groups, lists = optimizer.param_groups, [group["params"] for group in optimizer.param_groups]
-    for group, whole in zip(groups, lists, strict=True):
-        group["params"] = [parameter for parameter in whole if id(parameter) in wanted]
-    optimizer.param_groups = [group for group in groups if group["params"]]
-    try:
-        yield
-    finally:
-        optimizer.param_groups = groups
-        for group, whole in zip(groups, lists, strict=True):
-            group["params"] = whole
+def _cut(parameter: Tensor, limit: float) -> list[Piece]:
+    if parameter.numel() <= limit:
+        return [Piece(parameter)]
+    row = parameter[0].numel()
+    unit = ALIGNED // math.gcd(row, ALIGNED)
+    step = max(1, int(limit) // row // unit) * unit
+    return [Piece(parameter, start, min(start + step, len(parameter))) for start in range(0, len(parameter), step)]
 
 
 class Workspace:
-    """Float32 memory for the shadows of one bucket, kept from step to step: fresh pages cost more than the arithmetic on a CPU."""
+    """Float32 memory for the shadows of one run, kept from step to step: fresh pages cost more than the arithmetic on a CPU."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
@@ -76,7 +101,14 @@ class Workspace:
         if self._memory.numel() < numbers:
             self._memory = torch.empty(numbers)
 
-    def widen(self, x: Tensor) -> Tensor:
+    def shadow(self, piece: Piece) -> Parameter:
+        """A float32 copy of the piece, with its gradient."""
+        shadow = Parameter(self._widen(piece.of(piece.parameter.detach())), requires_grad=piece.parameter.requires_grad)
+        if piece.parameter.grad is not None:
+            shadow.grad = self._widen(piece.of(piece.parameter.grad))
+        return shadow
+
+    def _widen(self, x: Tensor) -> Tensor:
         """A contiguous float32 copy; where the device has a caching allocator, from that."""
         if isinstance(x, DTensor) or x.device.type != "cpu" or x.layout != torch.strided:
             return x.to(torch.float32, copy=True).contiguous()
@@ -85,31 +117,18 @@ class Workspace:
 
 
 @contextmanager
-def shadowed(optimizer: Optimizer, is_low: Callable[[Tensor], bool], workspace: Workspace) -> Iterator[Pairs]:
-    """Replace the parameters that `is_low` by float32 shadows, with their gradients and states; yields (parameter, shadow)."""
-    pairs: Pairs = []
-    workspace.reserve(2 * sum(parameter.numel() for parameter in parameters(optimizer) if is_low(parameter)))
-    lists = [group["params"] for group in optimizer.param_groups]
-    for group, whole in zip(optimizer.param_groups, lists, strict=True):
-        group["params"] = [_shadow(optimizer, parameter, pairs, workspace) if is_low(parameter) else parameter for parameter in whole]
+def standing_in(optimizer: Optimizer, pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Narrow the optimizer to the second of each pair, in place of the first."""
+    instead: dict[int, list[Tensor]] = {}
+    for parameter, shadow in pairs:
+        instead.setdefault(id(parameter), []).append(shadow)
+    groups, lists = optimizer.param_groups, [group["params"] for group in optimizer.param_groups]
+    for group, whole in zip(groups, lists, strict=True):
+        group["params"] = [shadow for parameter in whole for shadow in instead.get(id(parameter), ())]
+    optimizer.param_groups = [group for group in groups if group["params"]]
     try:
-        yield pairs
+        yield
     finally:
-        for group, whole in zip(optimizer.param_groups, lists, strict=True):
+        optimizer.param_groups = groups
+        for group, whole in zip(groups, lists, strict=True):
             group["params"] = whole
-        for parameter, shadow in pairs:
-            _move(optimizer, shadow, parameter)
-
-
-def _shadow(optimizer: Optimizer, parameter: Tensor, pairs: Pairs, workspace: Workspace) -> Tensor:
-    shadow = Parameter(workspace.widen(parameter.detach()), requires_grad=parameter.requires_grad)
-    if parameter.grad is not None:
-        shadow.grad = workspace.widen(parameter.grad)
-    _move(optimizer, parameter, shadow)
-    pairs.append((parameter, shadow))
-    return shadow
-
-
-def _move(optimizer: Optimizer, old: Tensor, new: Tensor) -> None:
-    if old in optimizer.state:
-        optimizer.state[new] = optimizer.state.pop(old)

@@ -6,11 +6,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lightning_cnn.functional.rounding import Format, round_nearest, round_stochastic
+from lightning_cnn.precision._shadow import Piece
 
 
-def write_back(parameter: Tensor, value: Tensor, target: Format, rounding: str, *, seed: int, step: int, stream: str) -> None:
-    """Round float32 `value` into `parameter`, in place, without touching its type or its gradient's graph."""
-    place, shard = (parameter.to_local(), global_index(parameter)) if isinstance(parameter, DTensor) else (parameter.detach(), 0)
+def write_back(piece: Piece, value: Tensor, target: Format, rounding: str, *, seed: int, step: int, stream: str) -> None:
+    """Round float32 `value` into a piece of a parameter, in place, without touching its type or its gradient's graph."""
+    parameter = piece.parameter
+    sharded = isinstance(parameter, DTensor)
+    place, shard = (parameter.to_local(), global_index(parameter)) if sharded else (piece.of(parameter.detach()), piece.first)
     value = value.to_local() if isinstance(value, DTensor) else value.detach()
     if rounding == "nearest":
         place.copy_(round_nearest(value, target))

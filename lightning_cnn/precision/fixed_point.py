@@ -21,6 +21,7 @@ from lightning_cnn.precision._layers import NORMS
 
 log = logging.getLogger(__name__)
 QUANTITIES = ("weights", "activations", "gradients", "updates")
+BUCKET_MIB = 16.0  # of parameters that are copied at a time, to tell their updates
 SATURATED = 0.01  # share of values outside the range from which a layer is warned about
 
 
@@ -80,9 +81,10 @@ class FixedPoint(Precision):
         self._after_closure(model, optimizer)
         if result is None and model.automatic_optimization:
             return result
-        for bucket in _shadow.buckets(optimizer, 16.0):
-            with _shadow.only(optimizer, bucket):
-                self._round_step(optimizer, bucket, **kwargs)
+        for run in _shadow.runs(optimizer, lambda _: False, BUCKET_MIB):
+            here = [piece.parameter for piece in run]
+            with _shadow.standing_in(optimizer, zip(here, here, strict=True)):
+                self._round_step(optimizer, here, **kwargs)
         self._step += 1
         self._calls.clear()
         self._report_overflow(model)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_cnn.errors import NoEffectWarning, raise_all
 from lightning_cnn.functional.rounding import FLOATS, as_format, round_nearest
-from lightning_cnn.precision import _shadow, _states
+from lightning_cnn.precision import _fused, _shadow, _states
 from lightning_cnn.precision._layers import NORMS
 from lightning_cnn.precision._shard import write_back
 
@@ -30,7 +30,8 @@ class StochasticRounding(Precision):
     """Weights in `format`; any torch optimizer steps unchanged on float32 shadows, written back with stochastic rounding.
 
     Norm layers, buffers and the layers named in `keep` (patterns) stay float32. `states` stores the optimizer's moments as "fp32",
-    "bf16" or "8bit". Optimizers of torch.optim step `bucket_mib` of shadows at a time, so that is all the memory a step adds.
+    "bf16" or "8bit". Adam and AdamW step in one pass on a CPU and need no shadows there; other optimizers of torch.optim step
+    `bucket_mib` of shadows at a time, so that is all the memory a step adds.
     `rounding="nearest"` is there to show what is lost without.
     """
 
@@ -52,6 +53,7 @@ class StochasticRounding(Precision):
         self._steps: list[int] = []
         self._optimizers: list[Optimizer] = []
         self._low: dict[Tensor, str] = {}
+        self._after: dict[Tensor, dict[str, Any]] = {}  # states of parameters that a step is in the middle of
 
     # What Lightning calls, in its order
 
@@ -95,9 +97,9 @@ class StochasticRounding(Precision):
             return result
         number = self._optimizers.index(optimizer)
         self._steps[number] += 1
-        for bucket in _shadow.buckets(optimizer, self.bucket_mib):
-            with _shadow.only(optimizer, bucket):
-                self._step(optimizer, **kwargs)
+        done = self._step_fused(optimizer)
+        for run in _shadow.runs(optimizer, self._low.__contains__, self.bucket_mib, done):  # an empty one at least: schedulers count
+            self._step(optimizer, run, **kwargs)
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,21 +113,46 @@ class StochasticRounding(Precision):
 
     # What it does
 
-    def _step(self, optimizer: Optimizer, **kwargs: Any) -> None:
-        """One step of the parameters that the optimizer holds at the moment."""
-        here = list(_shadow.parameters(optimizer))
-        for parameter in filter(self._low.__contains__, here):
-            _states.widen(optimizer, parameter)
-        with torch.no_grad(), _shadow.shadowed(optimizer, self._low.__contains__, self._workspace) as pairs:
+    def _step_fused(self, optimizer: Optimizer) -> set[Tensor]:
+        """Step in one pass over memory what can be, and return it."""
+        done: set[Tensor] = set()
+        if (self.format, self.rounding) != ("bf16", "stochastic"):
+            return done
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._low and _fused.accepts(optimizer, group, parameter):
+                    _fused.step(optimizer, group, parameter, self.states, **self._noise(optimizer, parameter))
+                    done.add(parameter)
+        return done
+
+    def _step(self, optimizer: Optimizer, run: list[_shadow.Piece], **kwargs: Any) -> None:
+        """One step of what the run holds: float32 parameters themselves, the others in their shadows' place."""
+        low = [piece for piece in run if piece.parameter in self._low]
+        self._workspace.reserve(2 * sum(piece.of(piece.parameter).numel() for piece in low))
+        shadows = [(piece, self._workspace.shadow(piece)) for piece in low]
+        for piece, shadow in shadows:
+            if state := optimizer.state.get(piece.parameter):
+                optimizer.state[shadow] = _states.widened(state, piece)
+        pairs = [(piece.parameter, piece.parameter) for piece in run if piece.parameter not in self._low]
+        with torch.no_grad(), _shadow.standing_in(optimizer, pairs + [(piece.parameter, shadow) for piece, shadow in shadows]):
             optimizer.step(**kwargs)
-        for parameter, shadow in pairs:
-            write_back(parameter, shadow, as_format(self.format), self.rounding, **self._noise(optimizer, parameter))
-        for parameter in here:
-            self._store(optimizer, parameter)
+        for piece, shadow in shadows:
+            self._put_away(optimizer, piece, shadow)
+
+    def _put_away(self, optimizer: Optimizer, piece: _shadow.Piece, shadow: Tensor) -> None:
+        noise = self._noise(optimizer, piece.parameter)
+        write_back(piece, shadow, as_format(self.format), self.rounding, **noise)
+        if (state := optimizer.state.pop(shadow, None)) is None:
+            return
+        # other pieces still need the state as it was before the step
+        whole = self._after.setdefault(piece.parameter, dict(optimizer.state.get(piece.parameter, {})))
+        _states.put_away(whole, state, piece, self.states, **noise)
+        if piece.is_last:
+            optimizer.state[piece.parameter] = self._after.pop(piece.parameter)
 
     def _store(self, optimizer: Optimizer, parameter: Tensor) -> None:
-        if parameter in self._low:
-            _states.narrow(optimizer, parameter, self.states, **self._noise(optimizer, parameter))
+        if parameter in self._low and (state := optimizer.state.get(parameter)):
+            _states.put_away(state, dict(state), _shadow.Piece(parameter), self.states, **self._noise(optimizer, parameter))
 
     def _noise(self, optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
         number = self._optimizers.index(optimizer)

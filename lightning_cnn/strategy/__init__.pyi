@@ -1,5 +1,9 @@
 from ._doctor import diagnose as diagnose
 from .async_sgd import AsyncSGD as AsyncSGD
 from .delayed_averaging import DelayedAveraging as DelayedAveraging
+from .elastic import Elastic as Elastic
 from .local_sgd import LocalSGD as LocalSGD
+from .one_weird_trick import OneWeirdTrick as OneWeirdTrick
+from .pipeline import Pipeline as Pipeline
+from .spatial import Spatial as Spatial
 from .sync_ddp import SyncDDP as SyncDDP

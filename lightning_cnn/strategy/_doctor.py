@@ -38,13 +38,13 @@ def diagnose(trainer: Trainer, model: LightningModule) -> Diagnosis:
     return Diagnosis(found.problems + own.problems, found.advice + own.advice)
 
 
-def check(trainer: Trainer, model: LightningModule) -> None:
-    """Raise all problems at once, log the advice, and warn when there is nobody to work with."""
+def check(trainer: Trainer, model: LightningModule, workers: int | None = None) -> None:
+    """Raise all problems at once, log the advice, and warn when there is nobody to work with (`workers`: if not the world's size)."""
     diagnosis = diagnose(trainer, model)
     raise_all(diagnosis.problems)
     for advice in diagnosis.advice:
         log.info("%s: %s", type(trainer.strategy).__name__, advice)
-    if trainer.world_size == 1:
+    if (workers or trainer.world_size) == 1:
         warnings.warn(
             f"{type(trainer.strategy).__name__} has one process, so it changes nothing; give Trainer(devices=...) more than one",
             NoEffectWarning,

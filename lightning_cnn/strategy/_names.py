@@ -3,7 +3,16 @@
 from importlib import import_module
 from typing import Any
 
-NAMES = {"sync_ddp": "SyncDDP", "local_sgd": "LocalSGD", "delayed_averaging": "DelayedAveraging", "async_sgd": "AsyncSGD"}
+NAMES = {
+    "async_sgd": "AsyncSGD",
+    "delayed_averaging": "DelayedAveraging",
+    "elastic": "Elastic",
+    "local_sgd": "LocalSGD",
+    "one_weird_trick": "OneWeirdTrick",
+    "pipeline": "Pipeline",
+    "spatial": "Spatial",
+    "sync_ddp": "SyncDDP",
+}
 
 
 def register() -> None:

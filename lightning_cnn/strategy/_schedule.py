@@ -1,8 +1,8 @@
 """Learning-rate schedules by the job's clock: with stolen batches the ranks take different numbers of steps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 
@@ -40,3 +40,12 @@ def fair_share(module: LightningModule, sampler: StealingSampler) -> Iterator[No
         yield
     finally:
         loop.max_batches = unknown
+
+
+Step = TypeVar("Step", bound=Callable[..., Any])
+
+
+def known_to_schedulers(step: Step) -> Step:
+    """torch's schedulers warn when `optimizer.step` is not the one that they wrapped; this one calls it, or counts as it."""
+    vars(step)["_wrapped_by_lr_sched"] = True
+    return step

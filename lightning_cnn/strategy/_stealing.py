@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_cnn.functional import counter
@@ -41,12 +42,13 @@ class StealingSampler(Sampler[list[int]]):
         seed: int,
         shuffle: bool,
         drop_last: bool,
+        order: Callable[[int], Any] | None = None,
     ) -> None:
         self.length, self.batch_size, self.team, self.name = length, batch_size, team, name
-        self.seed, self.shuffle, self.drop_last, self._which_epoch = seed, shuffle, drop_last, epoch
+        self.seed, self.shuffle, self.drop_last, self._which_epoch, self._given = seed, shuffle, drop_last, epoch, order
         self._epochs: deque[_Epoch] = deque(maxlen=2)
         self._hand: deque[tuple[_Epoch, int]] = deque()
-        self._visits, self._resume = 0, (-1, frozenset[int]())
+        self._visits, self._resume, self._stopped = 0, (-1, frozenset[int]()), False
 
     @property
     def total(self) -> int:
@@ -61,11 +63,11 @@ class StealingSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         index, (resumed, done) = self._which_epoch(), self._resume
-        before = done if resumed == index else frozenset()
-        self._resume = (-1, frozenset())
+        before = done if resumed == index else frozenset()  # kept: Lightning may begin a resumed epoch's iteration twice
         batches = plan(self._order(index), self.batch_size, self.total, before, self.team.size)
         self._epochs.append(_Epoch(index, f"{self.name}/{self._visits}", batches, before))
         self._hand.clear()
+        self._stopped = False
         if self.team.rank == 0 and self._visits >= 3:
             for key in ("next", "done"):
                 self.team.store.delete_key(f"{self.name}/{self._visits - 3}/{key}")
@@ -79,6 +81,10 @@ class StealingSampler(Sampler[list[int]]):
             self.team.store.append(f"{epoch.ledger}/done", f"{number},")
             self.team.store.delete_key(f"{epoch.ledger}/{number}")
 
+    def stop(self) -> None:
+        """Hand out no more batches in this epoch."""
+        self._stopped = True
+
     def state_dict(self) -> dict[str, Any]:
         if not self._epochs:
             return {"epoch": self._resume[0], "done": sorted(self._resume[1])}
@@ -87,19 +93,27 @@ class StealingSampler(Sampler[list[int]]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._resume = (int(state["epoch"]), frozenset(state["done"]))
+        self._epochs.clear()  # what was begun before belongs to nobody
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose batches are handed out; a batch that a dead rank left in the one before has this one's noise."""
+        return self._epochs[-1].index
 
     def _order(self, epoch: int) -> Sequence[int]:
+        if self._given is not None:
+            return self._given(epoch).tolist()
         if not self.shuffle:
             return range(self.length)
         return counter.permutation(counter.key(self.seed, "order", epoch), self.length).tolist()
 
     def _claims(self, epoch: _Epoch) -> Iterator[list[int]]:
         numbers, position = list(epoch.batches), self.team.rank
-        while position < len(numbers):
+        while position < len(numbers) and not self._stopped:
             if self._claim(epoch, numbers[position], holder=""):
                 yield epoch.batches[numbers[position]]
             position = self.team.size + self.team.store.add(f"{epoch.ledger}/next", 1) - 1
-        for late in list(self._epochs) if self.team.lost else []:
+        for late in list(self._epochs) if self.team.lost and not self._stopped else []:
             for number in sorted(set(late.batches) - self._done(late)):
                 key = f"{late.ledger}/{number}"
                 holder = self.team.store.get(key).decode() if self.team.store.check([key]) else ""
@@ -141,7 +155,28 @@ class StealingLoader:
         self.sampler.load_state_dict(state)
 
 
-def reloaded(loader: DataLoader, sampler: StealingSampler) -> DataLoader:
+class StealingLane:
+    """The same for a loader that loads any plan: `order.indices(epoch)` is its order and `_load(epoch, plan)` reads batches of it."""
+
+    def __init__(self, lane: Any, sampler: StealingSampler) -> None:
+        self.lane, self.sampler = lane, sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        for indices in self.sampler:
+            yield from self.lane._load(self.sampler.epoch, [np.array(indices)])
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state)
+
+
+def loads_a_plan(loader: Any) -> bool:
+    return not isinstance(loader, DataLoader) and hasattr(loader, "_load") and hasattr(getattr(loader, "order", None), "indices")
+
+
+def reloaded(loader: DataLoader, sampler: Sampler[list[int]]) -> DataLoader:
     """The same DataLoader with another batch sampler."""
     workers: dict[str, Any] = {}
     if loader.num_workers:

@@ -25,7 +25,8 @@ from lightning_cnn.errors import DistributedError
 
 log = logging.getLogger(__name__)
 KEEPALIVE_S = 6
-BYE = b"bye\n"
+CONNECT_S = 5
+BYE, STOP = b"bye\n", b"stop\n"
 
 
 class Team:
@@ -41,10 +42,10 @@ class Team:
         return cls._current
 
     def __init__(self, rank: int, size: int, address: tuple[str, int], timeout_s: float, missing: Callable[[], str | None]) -> None:
-        self.rank, self.size, self.closed = rank, size, False
+        self.rank, self.size, self.closed, self.stopping = rank, size, False, False
         self.lost: list[int] = []
         self._numbers = Counter[str]()
-        self.on_loss: Callable[[int], None] = lambda rank: None
+        self._on_loss: Callable[[int], None] = lambda rank: None
         self._lock = threading.Lock()
         self._deadline, self._missing = time.monotonic() + timeout_s, missing
         self.store: Any = self._open_store(address, timeout_s)  # torch's stubs know neither bytes values nor `append`
@@ -52,6 +53,13 @@ class Team:
         for peer, link in self._links.items():
             threading.Thread(target=self._listen, args=(peer, link), name=f"team-{peer}", daemon=True).start()
         atexit.register(self.leave)
+
+    def watch(self, on_loss: Callable[[int], None]) -> None:
+        """Call `on_loss` with every rank that is lost from now on, and with those that were lost before anybody watched."""
+        with self._lock:
+            self._on_loss, before = on_loss, list(self.lost)
+        for rank in before:
+            on_loss(rank)
 
     @property
     def living(self) -> list[int]:
@@ -75,6 +83,14 @@ class Team:
             "any number of ranks may resume."
         )
 
+    def stop(self) -> None:
+        """Somebody was asked to stop: `stopping` becomes true on every rank, soon."""
+        with self._lock:
+            if not self.stopping:
+                self.stopping = True
+                for link in self._links.values():
+                    _send(link, STOP)
+
     def leave(self, *, in_order: bool = True) -> None:
         """Say goodbye (or, `in_order=False`, let the others notice) and close."""
         with self._lock:
@@ -89,9 +105,17 @@ class Team:
     def _open_store(self, address: tuple[str, int], timeout_s: float) -> TCPStore:
         # torchrun's agent already serves the store at this address; otherwise rank 0 does, and c10d's default group will share it.
         serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        if not serves:
+        while not serves:
             _close(self._dial(address))  # waits until rank 0 is there, and notices when it never will be
-        return TCPStore(*address, None, serves, timedelta(seconds=timeout_s), wait_for_workers=False, multi_tenant=True)
+            try:  # the client alone would knock at a dead rank 0's door for the whole timeout
+                store = TCPStore(*address, None, False, timedelta(seconds=CONNECT_S), wait_for_workers=False, multi_tenant=True)
+            except RuntimeError as error:
+                if not _listens(address):
+                    raise self._rank_zero_gone() from error
+                continue
+            store.set_timeout(timedelta(seconds=timeout_s))
+            return store
+        return TCPStore(*address, None, True, timedelta(seconds=timeout_s), wait_for_workers=False, multi_tenant=True)
 
     def _gather(self) -> dict[int, socket.socket]:
         token = secrets.token_bytes(16)
@@ -112,10 +136,19 @@ class Team:
         return links
 
     def _report(self, host: str) -> socket.socket:
-        door = self.store.get("team/door")
-        link = self._dial((host, int(door[16:])))
+        try:
+            door = self.store.get("team/door")
+            link = socket.create_connection((host, int(door[16:])), timeout=CONNECT_S)
+        except (RuntimeError, OSError) as error:
+            raise self._rank_zero_gone() from error
         _send(link, door[:16] + self.rank.to_bytes(4, "big"))
         return _keepalive(link)
+
+    def _rank_zero_gone(self) -> DistributedError:
+        return DistributedError(
+            f"rank 0 of {self.size} died (or cannot be reached) while rank {self.rank} was joining. "
+            "Look for its own last output, then start again."
+        )
 
     def _dial(self, address: tuple[str, int]) -> socket.socket:
         while True:
@@ -145,6 +178,8 @@ class Team:
             *lines, text = (text + chunk).split(b"\n")
             for line in lines:
                 left |= line == BYE.strip()
+                if line == STOP.strip():
+                    self.stop()
                 if line.startswith(b"lost "):
                     self._lose(int(line[5:]))
         if not left and not self.closed:
@@ -159,12 +194,21 @@ class Team:
                 for peer, link in self._links.items():
                     if peer != rank:
                         _send(link, b"lost %d\n" % rank)
-        self.on_loss(rank)
+            tell = self._on_loss
+        tell(rank)
 
 
 def gloo_group(store: Any, rank: int, size: int, timeout_s: float) -> Any:
     """A process group of our own (torch's stubs do not know its methods)."""
     return ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
+
+
+def _listens(address: tuple[str, int]) -> bool:
+    try:
+        _close(socket.create_connection(address, timeout=CONNECT_S))
+    except OSError:
+        return False
+    return True
 
 
 def _keepalive(link: socket.socket) -> socket.socket:

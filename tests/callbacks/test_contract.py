@@ -7,14 +7,17 @@ import builtins
 import inspect
 import io
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import nn
 
 from lightning_cnn.callbacks import (
@@ -23,20 +26,43 @@ from lightning_cnn.callbacks import (
     ArchitectureSummary,
     BatchAugmentation,
     BatchNormReestimation,
+    BottleneckMonitor,
     CutMix,
+    DecafReport,
+    DevicePrefetch,
     DiscriminativeLR,
+    EvaluationReport,
+    ExactResume,
+    FastInference,
+    FastTraining,
+    FeatureCache,
     FrozenBatchNorm,
     GradualUnfreezing,
     HorizontalFlip,
+    LeanLogging,
     Marginalize,
     MixUp,
+    ModelSoup,
+    NaNGuard,
     NetworkNoise,
     ProgressiveResizing,
     RandomErasing,
     SnapshotEnsemble,
+    TemperatureScaling,
+    TransferRecipe,
 )
-from lightning_cnn.functional import counter
+from lightning_cnn.data._loader import CountedLoader
+from lightning_cnn.data._order import Order, shuffled
 from lightning_cnn.functional.batch import Batch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder():
+    """Where reports are written, with one checkpoint for those that read some."""
+    FOLDER.mkdir(exist_ok=True)
+    torch.save({"state_dict": Tiny().state_dict()}, FOLDER / "other.ckpt")
+    yield
+    shutil.rmtree(FOLDER)
 
 
 @dataclass(frozen=True)
@@ -46,6 +72,7 @@ class Case:
     off: Callable[[], Callback] | None = None  # arguments under which it must do nothing; None where absence is the only way
     plain_evaluation: bool = True  # False where validating, testing or predicting differently is the callback's purpose
     trains_differently: bool = True  # False where the callback only looks
+    beside: Callable[[], list[Callback]] = list  # callbacks it needs before it, there with and without it
 
 
 CASES = [
@@ -55,46 +82,58 @@ CASES = [
     Case("batch_norm_reestimation", lambda: BatchNormReestimation(batches=2)),
     Case("discriminative_lr", DiscriminativeLR, off=lambda: DiscriminativeLR(factors=[1.0])),
     Case("ema", lambda: EMA(decay=0.5), off=lambda: EMA(start=10**6), plain_evaluation=False),
+    Case("exact_resume", ExactResume, trains_differently=False),
     Case("frozen_batch_norm", lambda: FrozenBatchNorm(layers="all"), off=FrozenBatchNorm),
     Case("gradual_unfreezing", GradualUnfreezing, off=lambda: GradualUnfreezing(unfrozen=9)),
     Case("l2_sp", lambda: L2SP(alpha=0.1), off=lambda: L2SP(alpha=0, beta=0)),
+    Case("nan_guard", lambda: NaNGuard(action="rollback", every=2), trains_differently=False),
     Case("network_noise", lambda: NetworkNoise(dropout=0.5, dropconnect={"net.3": 0.5}), off=NetworkNoise),
     Case("progressive_resizing", lambda: ProgressiveResizing(full_from=0.5, multiple_px=6), off=lambda: ProgressiveResizing(start=1.0)),
     Case("random_erasing", lambda: RandomErasing(p=1.0), off=lambda: RandomErasing(p=0.0)),
     Case("snapshot_ensemble", lambda: SnapshotEnsemble(cycles=2), plain_evaluation=False),
     Case("marginalize", lambda: Marginalize(views=[HorizontalFlip()]), off=lambda: Marginalize(), plain_evaluation=False),
+    Case("feature_cache", FeatureCache, trains_differently=False, beside=lambda: [GradualUnfreezing(up_to=1)]),
+    Case("transfer_recipe", lambda: TransferRecipe(similarity="high")),
+    Case("temperature_scaling", TemperatureScaling, plain_evaluation=False, trains_differently=False),
+    Case("evaluation_report", lambda: EvaluationReport(compare={"flip": ["flip"]}, folder=str(FOLDER)), trains_differently=False),
+    Case("decaf_report", lambda: DecafReport(shots=[None], folder=str(FOLDER)), trains_differently=False),
+    Case(
+        "model_soup",
+        lambda: ModelSoup(members=[str(FOLDER / "*.ckpt")], method="uniform"),
+        plain_evaluation=False,
+        trains_differently=False,
+    ),
+    Case("bottleneck_monitor", BottleneckMonitor, trains_differently=False),
+    Case("fast_inference", FastInference, off=lambda: FastInference(switches=[]), plain_evaluation=False, trains_differently=False),
+    Case("fast_training", FastTraining, off=lambda: FastTraining(switches=[]), trains_differently=False),
+    Case("device_prefetch", DevicePrefetch, off=DevicePrefetch, trains_differently=False),
+    Case("lean_logging", LeanLogging, trains_differently=False),
     Case("architecture_summary", lambda: ArchitectureSummary(), off=lambda: ArchitectureSummary(), trains_differently=False),
 ]
 
+FOLDER = Path(tempfile.gettempdir()) / f"callbacks_contract_{os.getpid()}"
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 SAMPLES, BATCH, EPOCHS = 12, 4, 2
 STEPS = EPOCHS * SAMPLES // BATCH
 IMAGES = torch.rand(SAMPLES, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-class Loader:
+class Loader(CountedLoader):
     """Order = f(epoch); its state is two integers, so that a resume is exact as far as the data goes."""
 
     def __init__(self) -> None:
-        self.epoch = self.batch = 0
+        super().__init__(Order(SAMPLES, BATCH, draw=shuffled(SAMPLES)))
 
-    def __len__(self) -> int:
-        return SAMPLES // BATCH
-
-    def __iter__(self):
-        if self.batch >= len(self):  # Lightning never exhausts a sized loader
-            self.epoch, self.batch = self.epoch + 1, 0
-        order = counter.permutation(counter.key(0, "order", self.epoch), SAMPLES)
-        while self.batch < len(self):
-            index = order[self.batch * BATCH : (self.batch + 1) * BATCH]
-            self.batch += 1
+    def _load(self, epoch, plan):
+        for index in map(torch.as_tensor, plan):
             yield Batch(IMAGES[index], index % 3, index)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "batch": self.batch}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.batch = state["epoch"], state["batch"]
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        return Loader()
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
 
 class Tiny(LightningModule):
@@ -162,7 +201,7 @@ def trainer_with(*callbacks: Callback, **options: Any) -> Trainer:
 
 def fitted(*callbacks: Callback, ckpt_path=None) -> tuple[Tiny, Trainer]:
     model, trainer = Tiny(), trainer_with(*callbacks)
-    trainer.fit(model, Loader(), Loader(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    trainer.fit(model, Data(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return model, trainer
 
 
@@ -188,34 +227,34 @@ def shape_of(trainer: Trainer, model: nn.Module) -> dict[str, Any]:
 def left_behind(hook: str, callbacks: list[Callback]) -> dict[str, Any]:
     model, trainer = Tiny(explode_in=hook), trainer_with(*callbacks, num_sanity_val_steps=0)
     if not hook:
-        trainer.fit(model, Loader(), Loader())
+        trainer.fit(model, Data())
     else:
         with pytest.raises(RuntimeError, match=f"raised in {hook}"):
-            trainer.fit(model, Loader(), Loader())
+            trainer.fit(model, Data())
     return shape_of(trainer, model)
 
 
 @every
 @pytest.mark.filterwarnings("ignore::lightning_cnn.errors.NoEffectWarning")
 def test_off_is_absent_to_the_last_bit(case):
-    without, _ = fitted()
-    off, _ = fitted(*([case.off()] if case.off else []))
+    without, _ = fitted(*case.beside())
+    off, _ = fitted(*case.beside(), *([case.off()] if case.off else []))
     assert differences(without, off) == []
     assert all(torch.equal(a[1], b[1]) for a, b in zip(without.seen, off.seen, strict=True))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.trains_differently], ids=lambda case: case.name)
 def test_it_has_an_effect(case):
-    without, _ = fitted()
-    on, _ = fitted(case.make())
+    without, _ = fitted(*case.beside())
+    on, _ = fitted(*case.beside(), case.make())
     assert differences(without, on) or not all(torch.equal(a[1], b[1]) for a, b in zip(without.seen, on.seen, strict=True))
 
 
 @every
 def test_a_run_resumed_at_any_step_ends_in_the_same_bits(case, tmp_path):
-    whole, _ = fitted(case.make(), SaveEachStep(tmp_path))
+    whole, _ = fitted(*case.beside(), case.make(), SaveEachStep(tmp_path))
     for step in range(1, STEPS):
-        resumed, trainer = fitted(case.make(), ckpt_path=tmp_path / f"{step}.ckpt")
+        resumed, trainer = fitted(*case.beside(), case.make(), ckpt_path=tmp_path / f"{step}.ckpt")
         assert trainer.global_step == STEPS
         assert differences(whole, resumed) == [], f"resumed at step {step}"
 
@@ -223,13 +262,13 @@ def test_a_run_resumed_at_any_step_ends_in_the_same_bits(case, tmp_path):
 @every
 def test_it_never_leaks_into_evaluation(case):
     """The pictures are the raw ones, and outside of fit the logits are those of the bare model."""
-    model, trainer = fitted(case.make())
+    model, trainer = fitted(*case.beside(), case.make())
     bare = Tiny().eval()
     bare.load_state_dict(model.state_dict())
     model.seen.clear()
-    trainer.validate(model, Loader(), verbose=False)
-    trainer.test(model, Loader(), verbose=False)
-    predictions = torch.cat(trainer.predict(model, Loader()))
+    trainer.validate(model, Data(), verbose=False)
+    trainer.test(model, Data(), verbose=False)
+    predictions = torch.cat(trainer.predict(model, Data()))
     order = torch.cat([index for stage, _, index in model.seen if stage == "test"])
     assert [stage for stage, image, index in model.seen if "logits" not in stage and not torch.equal(image, IMAGES[index])] == []
     if case.plain_evaluation:
@@ -241,7 +280,7 @@ def test_it_never_leaks_into_evaluation(case):
 
 @every
 def test_validation_inside_fit_sees_raw_pictures(case):
-    model, _ = fitted(case.make())
+    model, _ = fitted(*case.beside(), case.make())
     validated = [(image, index) for stage, image, index in model.seen if stage == "validate"]
     assert len(validated) >= EPOCHS * len(Loader())
     assert all(torch.equal(image, IMAGES[index]) for image, index in validated)
@@ -253,7 +292,7 @@ def test_validation_inside_fit_sees_raw_pictures(case):
 )
 def test_nothing_is_left_behind_by_an_exception_or_a_whole_fit(case, hook):
     """Compared with the same run without the callback, because Lightning itself leaves attributes behind."""
-    without, with_it = (left_behind(hook, callbacks) for callbacks in ([], [case.make()]))
+    without, with_it = (left_behind(hook, callbacks) for callbacks in (case.beside(), [*case.beside(), case.make()]))
     assert with_it == without
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_cnn.callbacks import EvaluationReport, HorizontalFlip
+from lightning_cnn.callbacks import EvaluationReport, HorizontalFlip, Marginalize, TemperatureScaling
 from lightning_cnn.errors import ConfigurationError
 from lightning_cnn.functional.calibration import scores
 
@@ -66,3 +66,10 @@ def test_what_cannot_work_is_named_with_its_row(tmp_path):
         evaluated(tmp_path, {"mc": [{"mc_dropconnect": 3}], "flip": [HorizontalFlip()]})
     with pytest.raises(ConfigurationError, match="must not contain 'single'"):
         EvaluationReport(compare={"single": []})
+
+
+def test_a_changed_forward_is_refused():
+    report = EvaluationReport(compare={"flip": ["flip"]})
+    trainer = L.Trainer(accelerator="cpu", **QUIET, callbacks=[Marginalize(views=["flip"]), TemperatureScaling(), report])
+    with pytest.raises(ConfigurationError, match=r"(?s)Marginalize changes the forward.*TemperatureScaling changes the forward"):
+        trainer.test(Model(), DataLoader(TensorDataset(X, Y), batch_size=16), verbose=False)

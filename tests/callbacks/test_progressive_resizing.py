@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from lightning_cnn.callbacks import ProgressiveResizing
+from lightning_cnn.callbacks._batch_hook import Samples
 from lightning_cnn.errors import ConfigurationError
 from lightning_cnn.functional.batch import Batch
 from lightning_cnn.functional.resizing import resize, size_at
@@ -77,3 +78,21 @@ def test_what_cannot_work_is_refused_together():
         fit(ProgressiveResizing(), ProgressiveResizing(), max_epochs=-1, max_steps=2)
     assert "Keep one" in str(caught.value)
     assert "max_epochs=-1" in str(caught.value)
+
+
+def test_masks_boxes_and_keypoints_follow():
+    """A white square stays where its mask, its boxes and its corners say."""
+    image, mask = torch.zeros(1, 3, 16, 16), torch.zeros(1, 16, 16, dtype=torch.int64)
+    image[:, :, 4:8, 8:12], mask[:, 4:8, 8:12] = 1, 5
+    batch = {
+        "image": image, "mask": mask, "corners": torch.tensor([[[7.5, 3.5, 11.5, 7.5]]]), "sized": torch.tensor([[[7.5, 3.5, 4.0, 4.0]]]),
+        "points": torch.tensor([[[7.5, 3.5]]]),
+    }  # fmt: skip
+    keys = {"image": "input", "mask": "mask", "corners": "bbox_xyxy", "sized": "bbox_xywh", "points": "keypoints"}
+    callback = ProgressiveResizing(start=0.5, data_keys=keys)
+    result = callback.transform(batch, Samples(torch.arange(1), ("epoch", 0)))
+    assert result["image"].shape == (1, 3, 8, 8) and result["image"][0, 0, 2:4, 4:6].mean() > 0.75
+    assert torch.equal(result["mask"].nonzero(), (result["image"][:, 0] > 0.5).nonzero()) and result["mask"].max() == 5
+    assert result["corners"].flatten().tolist() == [3.5, 1.5, 5.5, 3.5]
+    assert result["sized"].flatten().tolist() == [3.5, 1.5, 2.0, 2.0]
+    assert result["points"].flatten().tolist() == [3.5, 1.5]

@@ -59,3 +59,14 @@ def test_noise_fills_the_range_of_the_type():
 def test_wrong_arguments_are_named_together():
     with pytest.raises(ConfigurationError, match="4 problems"):
         RandomErasing(p=2.0, area=(0.5, 0.1), aspect=(0.0, 1.0), fill="grey")
+
+
+def test_masks_lose_the_same_rectangle_and_boxes_stay():
+    index = torch.arange(8)
+    batch = {"image": torch.full((8, 3, 16, 12), 2.0), "mask": torch.full((8, 16, 12), 7), "boxes": torch.rand(8, 2, 4)}
+    callback = RandomErasing(p=1.0, fill=0.0, data_keys={"mask": "mask", "boxes": "bbox_xyxy"})
+    result = callback.transform(batch, Samples(index, ("epoch", 0)))
+    assert torch.equal(result["mask"] == 0, result["image"][:, 0] == 0) and (result["mask"] == 0).any()
+    assert torch.equal(result["boxes"], batch["boxes"])
+    with pytest.raises(ConfigurationError, match=r"'boxes' is 'box'"):
+        RandomErasing(data_keys={"boxes": "box"})

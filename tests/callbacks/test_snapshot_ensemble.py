@@ -6,8 +6,9 @@ from _transfer import QUIET, Module, fit, loader, same, weights
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader
 
-from lightning_cnn.callbacks import SnapshotEnsemble
+from lightning_cnn.callbacks import Ensemble, HorizontalFlip, Marginalize, SnapshotEnsemble
 from lightning_cnn.errors import ConfigurationError, NoEffectWarning
 
 
@@ -68,3 +69,23 @@ def test_too_few_steps_are_refused():
 def test_testing_without_members_is_said():
     with pytest.warns(NoEffectWarning, match="train with it first"):
         Trainer(callbacks=[SnapshotEnsemble()], **QUIET).test(Module(), loader(), verbose=False)
+
+
+def test_marginalize_multiplies_the_snapshots_with_other_views():
+    module, ensemble = Module(), SnapshotEnsemble(cycles=3, answer=False)
+    trainer = fit(module, ensemble, Marginalize(views=[Ensemble("snapshots"), HorizontalFlip()]), epochs=3, val=loader())
+    own = weights(module)
+    images = torch.cat([batch[0] for batch in loader()])
+    predicted = torch.cat(trainer.predict(module, DataLoader(images, batch_size=8)))
+    module.eval()
+    with torch.no_grad():
+        each = [torch.func.functional_call(module, m, (x,)).softmax(-1) for m in ensemble.members for x in (images, images.flip(-1))]
+    assert len(each) == 6 and same(own, weights(module))
+    torch.testing.assert_close(predicted.exp(), torch.stack(each).mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_two_voices_for_the_same_members_are_refused():
+    with pytest.raises(ConfigurationError, match="answer=False"):
+        fit(Module(), SnapshotEnsemble(), Marginalize(views=[Ensemble("snapshots")]))
+    with pytest.raises(ConfigurationError, match="there are 0"):
+        fit(Module(), Marginalize(views=[Ensemble("snapshots")]))

@@ -43,6 +43,14 @@ def test_an_ensemble_is_the_mean_probability_of_its_checkpoints(checkpoints, bat
     assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
 
 
+def test_a_pattern_names_all_its_files(checkpoints):
+    net, pattern = network(), str(checkpoints[0].parent / "*.ckpt")
+    with marginalized(net, [Ensemble([pattern])]) as members:
+        assert len(members) == 3
+        found = net(IMAGE)
+    torch.testing.assert_close(found, mean_prob([network(seed) for seed in (1, 2, 3)]), rtol=1e-5, atol=1e-6)
+
+
 def test_an_exception_in_a_member_restores_the_weights(checkpoints):
     net = network()
     before = copy.deepcopy(net.state_dict())

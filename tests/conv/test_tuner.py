@@ -70,6 +70,38 @@ def test_a_win_on_a_cold_cache_must_not_lose_on_a_warm_one(monkeypatch):
     assert "2.00x faster on a cold cache but 0.83x on a warm one" in one.decisions[CALL].reason
 
 
+def test_a_candidate_that_raises_is_left_out_and_said(monkeypatch, caplog):
+    clock = Clock(monkeypatch, default=100, fft=50)
+    one, timed = tuner(clock), _tuner.load
+
+    def broken(name):
+        way = timed(name)
+        if name == "fft":
+            way.compute = lambda *_: (_ for _ in ()).throw(RuntimeError("no plan\nfor this"))
+        return way
+
+    monkeypatch.setattr(_tuner, "load", broken)
+    assert one.choose(CALL) == "default"
+    assert "fft failed: RuntimeError: no plan" in one.decisions[CALL].reason
+    assert "fft failed on forward" in caplog.text
+
+
+def test_a_median_that_wins_too_few_rounds_is_not_believed(monkeypatch):
+    """Six of nine rounds is what a neighbour on the machine can do."""
+    clock = Clock(monkeypatch, default=100, fft=50)
+    one = tuner(clock)
+    race = one._race
+
+    def noisy(call, names, evict=True):
+        times = race(call, names, evict)
+        times["fft"][-3:] = [0.2] * 3
+        return times
+
+    monkeypatch.setattr(one, "_race", noisy)
+    assert one.choose(CALL) == "default"
+    assert one.decisions[CALL].reason == "fft has the better median (2.00x) but loses too many rounds"
+
+
 def test_the_error_budget_is_kept(monkeypatch):
     strict = tuner(Clock(monkeypatch, default=100, winograd4=10), max_error=1e-9)
     assert strict.choose(CALL) == "default"

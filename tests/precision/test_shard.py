@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_cnn.functional.rounding import as_format, round_stochastic
+from lightning_cnn.precision._shadow import Piece
 from lightning_cnn.precision._shard import write_back
 
 NOISE = {"seed": 1, "step": 2, "stream": "w"}
@@ -18,7 +19,7 @@ def _round_shards(rank: int, store: str, dim: int, size: tuple[int, ...]) -> Non
     value = torch.randn(size, generator=torch.Generator().manual_seed(0))
     whole = round_stochastic(value, "bf16", **NOISE)
     shard = distribute_tensor(torch.zeros(size, dtype=torch.bfloat16), mesh, [Shard(dim)])
-    write_back(shard, distribute_tensor(value, mesh, [Shard(dim)]), as_format("bf16"), "stochastic", **NOISE)
+    write_back(Piece(shard), distribute_tensor(value, mesh, [Shard(dim)]), as_format("bf16"), "stochastic", **NOISE)
     same = torch.equal(shard.full_tensor(), whole)
     torch.distributed.destroy_process_group()
     assert same

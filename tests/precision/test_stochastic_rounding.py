@@ -54,13 +54,16 @@ def test_tiny_updates_move_the_weights_on_average_and_vanish_when_rounded_to_nea
     ids=["adamw-foreach", "adamw-fused", "sgd-fused", "rmsprop", "adafactor"],
 )
 def test_any_optimizer_steps_in_float32(optimizer, options):
-    """The states are what float32 parameters would have given: the gradient is constant and exact in bfloat16."""
+    """The states are what float32 parameters would have given: the gradient is constant and exact in bfloat16.
+
+    But for the last bit where Adam's step is ours.
+    """
     low = fit(Line(optimizer, lr=1e-3, **options), StochasticRounding(bucket_mib=1e-3), 4)
     full = fit(Line(optimizer, lr=1e-3, **options), None, 4)
     states, expected = (module.trainer.optimizers[0].state[module.layer.weight] for module in (low, full))
     assert states.keys() == expected.keys()
     if optimizer is not torch.optim.Adafactor:  # whose states read the weights
-        assert all(torch.equal(torch.as_tensor(states[name]), torch.as_tensor(expected[name])) for name in expected)
+        torch.testing.assert_close(dict(states), dict(expected), rtol=2 * 2.0**-23, atol=0)
     assert low.layer.weight.dtype == torch.bfloat16
 
 

@@ -3,11 +3,12 @@
 from datetime import timedelta
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import HashStore
 
-from lightning_cnn.strategy._stealing import StealingSampler, plan
+from lightning_cnn.strategy._stealing import StealingLane, StealingSampler, loads_a_plan, plan
 
 
 class Crew:
@@ -125,3 +126,18 @@ def test_a_finished_epochs_state_does_not_shorten_the_next():
 
 def test_fewer_samples_than_ranks_repeat_the_last():
     assert plan(range(2), batch_size=2, total=1, done=frozenset(), ranks=3) == {0: [0], 1: [1], 2: [1]}
+
+
+def test_a_loader_that_loads_any_plan_is_stolen_from_in_its_own_order():
+    """This package's loaders: the batches of both ranks are one epoch of `order`, read with that epoch's noise."""
+    from lightning_cnn.data import Resumable
+
+    lane = Resumable([(torch.full((1,), float(i)), i) for i in range(12)], batch_size=2, seed=3)
+    crew = samplers(2, 12, 2, epoch=1, order=lane.order.indices)
+    batches, taken = [iter(StealingLane(lane, s)) for s in crew], []
+    for rank in (0, 1, 0, 0, 1, 0):
+        taken.append(next(batches[rank]).index.tolist())
+        crew[rank].finished()
+    assert sorted(map(tuple, taken)) == sorted(map(tuple, lane.order.indices(1).reshape(-1, 2).tolist()))
+    assert loads_a_plan(lane)
+    assert not loads_a_plan([1, 2])

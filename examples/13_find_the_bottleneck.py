@@ -1,0 +1,71 @@
+"""Ask what holds training back, do what the verdict says, ask again.
+
+Result: not yet 0.
+Command: python examples/13_find_the_bottleneck.py
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import nn, optim
+
+from lightning_cnn.callbacks import BottleneckMonitor
+from lightning_cnn.data import ImageFolders, PackedDataModule, pack
+
+QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+
+
+def photographs(folder, many):
+    """JPEGs of 400 pixels, cut from two photographs: a class each."""
+    draw = np.random.default_rng(0)
+    for k, photo in enumerate(load_sample_images().images):
+        (folder / str(k)).mkdir(parents=True)
+        for i in range(many):
+            top, left = draw.integers(0, 427 - 400), draw.integers(0, 640 - 400)
+            Image.fromarray(photo[top : top + 400, left : left + 400]).save(folder / str(k) / f"{i}.jpg", quality=93)
+    return folder
+
+
+class Small(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Conv2d(3, 16, 5, 4), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 2))
+
+    def training_step(self, batch, batch_idx):
+        image, label = batch
+        return nn.functional.cross_entropy(self.net(image / 255), label)
+
+    def configure_optimizers(self):
+        return optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def asked(name, data, steps):
+    """Train some steps and print the verdict; gives images/s."""
+    monitor = BottleneckMonitor()
+    trainer = L.Trainer(accelerator="cpu", max_steps=steps, limit_val_batches=0, callbacks=[monitor], **QUIET)
+    trainer.fit(Small(), datamodule=data)
+    print(f"\n== {name}\n{monitor.report}")
+    return monitor.report.measured.images_per_s
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="few steps: to see that it runs")
+    steps = 5 if parser.parse_args().quick else 60
+    with tempfile.TemporaryDirectory() as place:
+        folder, packed = photographs(Path(place, "jpegs"), many=100), Path(place, "x.pack")
+        speeds = [asked("a folder of JPEGs, batches of 8", ImageFolders(root=str(folder), size_px=64, batch_size=8), steps)]
+        pack(folder, packed, size=64, workers=0, progress=False)
+        speeds += [asked("packed once", PackedDataModule(train=str(packed), batch_size=8, lane="gather"), steps)]
+        speeds += [asked("batches of 64", PackedDataModule(train=str(packed), batch_size=64, lane="gather"), steps)]
+    print("\nimages/s:", " -> ".join(f"{speed:.0f}" for speed in speeds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Changes that are kept only where they are faster here: each is timed against its absence, in turns, on the user's own model."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Undo = Callable[[], None]
+REPEATS = 3  # timed steps after one that is not, each time
+
+
+@dataclass(frozen=True)
+class Change:
+    """`apply` makes the change and returns how to take it back; `step` is what it should make faster."""
+
+    name: str
+    apply: Callable[[], Undo]
+    step: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds a step without and with a change; `note` says why it was not timed."""
+
+    name: str
+    before_s: float = 0.0
+    after_s: float = 0.0
+    kept: bool = False
+    note: str = ""
+
+    def __str__(self) -> str:
+        if self.note:
+            return f"{self.name} {self.note}"
+        ratio = self.before_s / self.after_s
+        return (
+            f"{self.name} {'kept' if self.kept else 'left'} at {ratio:.2f}x ({self.before_s * 1e3:.2f} -> {self.after_s * 1e3:.2f} ms)"
+        )
+
+
+def choose(changes: Sequence[Change], least: float, device: torch.device) -> tuple[list[Trial], dict[str, Undo]]:
+    """Try the changes one after the other, each on top of those kept so far; what was kept is left applied."""
+    trials: list[Trial] = []
+    kept: dict[str, Undo] = {}
+    for change in changes:
+        trial, undo = _tried(change, least, device)
+        trials.append(trial)
+        if undo is not None:
+            kept[change.name] = undo
+    return trials, kept
+
+
+def _tried(change: Change, least: float, device: torch.device) -> tuple[Trial, Undo | None]:
+    """Without, with, without, with; given up after the first pair if that was no faster."""
+    without: list[float] = []
+    with_it: list[float] = []
+    for last in (False, True):
+        without += timed(change.step, device)
+        undo: Undo | None = None
+        try:
+            undo = change.apply()
+            with_it += timed(change.step, device)
+        except Exception as error:  # whatever a backend cannot do is no reason to stop training
+            if undo is not None:
+                undo()
+            return Trial(change.name, note=f"failed ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"), None
+        before_s, after_s = statistics.median(without), statistics.median(with_it)
+        if last and before_s >= least * after_s:
+            return Trial(change.name, before_s, after_s, kept=True), undo
+        undo()
+        if before_s <= after_s:
+            break
+    return Trial(change.name, before_s, after_s), None
+
+
+def timed(step: Callable[[], object], device: torch.device) -> list[float]:
+    """Seconds of `REPEATS` calls, after one that warms up."""
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    seconds = []
+    for repeat in range(REPEATS + 1):
+        wait()
+        start = time.perf_counter()
+        step()
+        wait()
+        if repeat:
+            seconds.append(time.perf_counter() - start)
+    return seconds

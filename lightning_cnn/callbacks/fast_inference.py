@@ -1,0 +1,157 @@
+"""Evaluate and predict with a faster copy of the network: folded, laid out, packed, compiled, each only where it pays and agrees.
+
+Source: Ding et al. 2021, arXiv:2101.03697, section 3.3 (folding); the PyTorch performance tuning guide (channels_last).
+"""
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from lightning_cnn.callbacks import _changes
+from lightning_cnn.callbacks._forward import unwrap, wrap
+from lightning_cnn.callbacks._trials import Trial, timed
+from lightning_cnn.errors import ConfigurationError, LightningCNNError, NoEffectWarning, raise_all
+from lightning_cnn.nn.low_bit import LowBitConv2d
+from lightning_cnn.nn.pack import pack
+from lightning_cnn.nn.reparameterize import reparameterize
+
+log = logging.getLogger(__name__)
+SWITCHES = ("packed", "folded", "channels_last", "autocast", "compile")
+
+
+class FastInference(Callback):
+    """In validate, test and predict, and not inside of fit, the network's part that holds the weights is answered by a copy of it.
+
+    At the first batch each switch is timed on top of those kept so far, and stays when it is `least` times faster and the output
+    differs by at most `max_error` of the largest. The network itself is not touched.
+
+    Args:
+        switches: Which to try, of `SWITCHES`, in this order; `compile` only when asked for here: it costs seconds to minutes.
+        module: Name of the submodule to answer for; by default the child with most weights.
+
+    Attributes:
+        trials: What was tried, with its times.
+        error: Largest difference of the first batch's output, over the largest output.
+    """
+
+    def __init__(
+        self, *, switches: Sequence[str] = SWITCHES[:-1], module: str | None = None, least: float = 1.03, max_error: float = 0.01
+    ) -> None:
+        unknown = [name for name in switches if name not in SWITCHES]
+        problems = [f"switches: {', '.join(unknown)} not known; choose of {', '.join(SWITCHES)}"] if unknown else []
+        problems += [f"least must be at least 1, got {least}"] if least < 1 else []
+        problems += [f"max_error must be positive, got {max_error}"] if max_error <= 0 else []
+        raise_all(problems)
+        self.switches, self.module, self.least, self.max_error = tuple(switches), module, least, max_error
+        self.trials: list[Trial] = []
+        self.error = 0.0
+        self._fast: Callable[..., Any] | None = None
+        self._target: nn.Module | None = None
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            return
+        self._target, self._fast, self.trials = self._place(pl_module), None, []
+        wrap(self._target, self, self._answer)
+
+    on_validation_start = on_predict_start = on_test_start
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remove()
+
+    on_validation_end = on_predict_end = on_test_end
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._remove()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._remove()
+
+    def _place(self, pl_module: LightningModule) -> nn.Module:
+        if self.module:
+            return pl_module.get_submodule(self.module)
+        children = _changes.parts(pl_module)
+        if not children:
+            raise ConfigurationError(f"FastInference found no child with weights in {type(pl_module).__name__}. Name one: module=.")
+        return max(children, key=lambda child: sum(p.numel() for p in child.parameters()))
+
+    def _answer(self, forward: Callable[..., Any], *inputs: Any) -> Any:
+        if self._fast is None:
+            self._fast = self._chosen(forward, inputs)
+        return self._fast(*inputs)
+
+    def _chosen(self, forward: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[..., Any]:
+        """The fastest of what was tried on these inputs, or `forward` itself."""
+        device = next(leaf.device for leaf in inputs if isinstance(leaf, Tensor))
+        reference, best, network = forward(*inputs), forward, self._target
+        for name in self.switches:
+            reason = _unfit(name, self._target, device)
+            if reason:
+                self.trials.append(Trial(name, note=reason))
+                continue
+            try:
+                made, run = _made(name, network, best)
+                error = _difference(run(*inputs), reference)
+                before, after = (min(timed(lambda f=f: f(*inputs), device)) for f in (best, run))
+            except (LightningCNNError, RuntimeError) as failure:
+                self.trials.append(Trial(name, note=f"cannot be used: {str(failure).splitlines()[0]}"))
+                continue
+            kept = before >= self.least * after and error <= self.max_error
+            note = f"is off by {error:.1e}" if error > self.max_error else ""
+            self.trials.append(Trial(name, before, after, kept, note))
+            if kept:
+                best, network, self.error = run, made, error
+        log.info("FastInference: %s; outputs differ by %.1e of the largest.", "; ".join(map(str, self.trials)), self.error)
+        if best is forward:
+            warnings.warn(
+                "FastInference changed nothing: no switch was faster and accurate enough here.", NoEffectWarning, stacklevel=2
+            )
+        return best
+
+    def _remove(self) -> None:
+        if self._target is not None:
+            unwrap(self._target, self)
+        self._target = self._fast = None
+
+
+def _unfit(name: str, network: Any, device: torch.device) -> str:
+    if name == "packed" and not any(isinstance(m, LowBitConv2d) for m in network.modules()):
+        return "needs 1-bit layers"
+    if name == "autocast" and not _changes.bf16_units(device):
+        return "has no bfloat16 units here"
+    return ""
+
+
+def _made(name: str, network: Any, best: Callable[..., Any]) -> tuple[nn.Module, Callable[..., Any]]:
+    """The changed copy, and how it is called."""
+    if name == "autocast":
+
+        def run(*inputs: Any) -> Any:
+            with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16):
+                return best(*inputs).float()
+
+        return network, run
+    plain = copy.deepcopy(network).eval()
+    plain.__dict__.pop("forward", None)  # the way back to this callback
+    if name == "packed":
+        plain = pack(plain)
+    elif name == "folded":
+        plain = reparameterize(plain)
+    elif name == "channels_last":
+        plain = plain.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    else:
+        plain.compile()
+    return plain, plain
+
+
+def _difference(one: Any, other: Any) -> float:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != other.shape:
+        raise ConfigurationError("FastInference answers for modules that give one tensor; name one with module=.")
+    return float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp_min(1e-12))

@@ -1,0 +1,154 @@
+"""Every switch that makes training faster without another recipe, each kept only when a timed trial on this model says so.
+
+Source: the PyTorch performance tuning guide (channels_last, fused optimizers, cudnn.benchmark); Micikevicius et al. 2018,
+arXiv:1710.03740 (mixed precision); Ansel et al. 2024 (torch.compile).
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_cnn.callbacks import _changes
+from lightning_cnn.callbacks._trials import Change, Trial, Undo, choose, timed
+from lightning_cnn.errors import ConfigurationError, NoEffectWarning, raise_all
+from lightning_cnn.functional.batch import image_key, read
+
+log = logging.getLogger(__name__)
+SWITCHES = ("channels_last", "benchmark", "tf32", "autocast", "fused", "compile", "graphs")
+Step = Callable[[], object]
+LONG_S = 900.0  # of training expected; below it compilation is not tried, because it would not be earned back
+
+
+class FastTraining(Callback):
+    """Try switches before the first step and keep those that pay; undo them when the fit ends.
+
+    What a switch changes of the results: `channels_last`, `fused` and `compile` the order of sums (rounding), `tf32` products of 10
+    bits and `autocast` of 8 bits (bfloat16; float16 with loss scaling on GPUs without it). Nothing else changes. The choice is saved
+    with the checkpoint, so that a resumed run computes as before.
+
+    Args:
+        switches: Which to try, of `SWITCHES`, in this order. Those that the machine or the run cannot use are left out, with the reason.
+        least: How many times faster a switch must be to stay.
+        compile: Whether to try `torch.compile`: None means when a quarter of an hour of training or more lies ahead.
+
+    Attributes:
+        trials: What was tried, with its times.
+    """
+
+    def __init__(self, *, switches: Sequence[str] = SWITCHES, least: float = 1.03, compile: bool | None = None) -> None:
+        unknown = [name for name in switches if name not in SWITCHES]
+        problems = [f"switches: {', '.join(unknown)} not known; choose of {', '.join(SWITCHES)}"] if unknown else []
+        problems += [f"least must be at least 1, got {least}"] if least < 1 else []
+        raise_all(problems)
+        self.switches, self.least, self.compile = tuple(switches), least, compile
+        self.trials: list[Trial] = []
+        self._decided: list[str] | None = None
+        self._kept: dict[str, Undo] = {}
+        self._ready = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._ready = stage == "fit"
+        if self._ready:
+            self.trials, self._decided = [], None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._ready:
+            return
+        self._ready = False
+        try:
+            step = _changes.training_step(trainer, pl_module, read(batch, image_key(batch)))
+            step()
+        except (ConfigurationError, TypeError, NotImplementedError, RuntimeError) as error:
+            raise ConfigurationError(
+                f"FastTraining times forward(image) of {type(pl_module).__name__}, which failed on this batch's images: {error} "
+                "Give the module a forward that takes them, or leave FastTraining out."
+            ) from error
+        changes = list(self._changes(trainer, pl_module, step))
+        if self._decided is None:
+            trials, self._kept = choose(changes, self.least, pl_module.device)
+            self.trials += trials
+            self._decided = trainer.strategy.broadcast(list(self._kept))
+        self._agree(changes)
+        log.info("FastTraining: %s.", "; ".join(map(str, self.trials)) or f"as before: {', '.join(self._kept) or 'nothing'}")
+        if not self._kept:
+            warnings.warn("FastTraining changed nothing: no switch was faster here.", NoEffectWarning, stacklevel=2)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._undo()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._undo()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._undo()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self._decided}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._decided = state_dict["kept"]
+
+    def _agree(self, changes: Sequence[Change]) -> None:
+        """Do as rank 0, or as the checkpoint, has decided."""
+        decided = self._decided or []
+        for name in [name for name in self._kept if name not in decided]:
+            self._kept.pop(name)()
+        for change in changes:
+            if change.name in decided and change.name not in self._kept:
+                self._kept[change.name] = change.apply()
+
+    def _undo(self) -> None:
+        for undo in reversed(self._kept.values()):
+            undo()
+        self._kept = {}
+
+    def _changes(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> Iterator[Change]:
+        for name in self.switches:
+            reason = self._unfit(name, trainer, pl_module, step)
+            if reason:
+                self.trials.append(Trial(name, note=reason))
+            elif name == "fused":
+                yield Change(name, lambda: _changes.fused(trainer.optimizers), _changes.optimizer_step(trainer.optimizers))
+            else:
+                yield Change(name, lambda name=name: _applied(name, trainer, pl_module), step)
+
+    def _unfit(self, name: str, trainer: Trainer, pl_module: LightningModule, step: Step) -> str:
+        device = pl_module.device
+        if name in ("benchmark", "tf32", "graphs") and device.type != "cuda":
+            return "is for GPUs"
+        if name == "channels_last" and not any(p.dim() == 4 for p in pl_module.parameters()):
+            return "has no convolution to change"
+        if name == "autocast" and not _changes.plain_precision(trainer):
+            return "is left to the precision you chose"
+        if name == "autocast" and device.type == "cpu" and not _changes.bf16_units(device):
+            return "has no units on this CPU"
+        if name == "fused" and not all(map(_changes.can_be_fused, trainer.optimizers)) and self._decided is None:
+            return "is not offered by this optimizer, or was set by you"
+        if name in ("compile", "graphs") and not self._wants_compile(trainer, pl_module, step):
+            return "was not tried: it is off, or too little training lies ahead to earn it back"
+        return ""
+
+    def _wants_compile(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> bool:
+        if self.compile is not None or self._decided is not None:
+            return bool(self.compile) or bool({"compile", "graphs"} & set(self._decided or []))
+        ahead = trainer.estimated_stepping_batches - trainer.global_step
+        return ahead * min(timed(step, pl_module.device)) > LONG_S
+
+
+def _applied(name: str, trainer: Trainer, pl_module: LightningModule) -> Undo:
+    if name == "channels_last":
+        return _changes.channels_last(pl_module)
+    if name == "benchmark":
+        return _changes.flag(torch.backends.cudnn, "benchmark", True)
+    if name == "tf32":
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        return lambda: torch.set_float32_matmul_precision(before)
+    if name == "autocast":
+        half = torch.bfloat16 if _changes.bf16_units(pl_module.device) else torch.float16
+        return _changes.autocast(trainer, half)
+    return _changes.compiled(_changes.parts(pl_module), "reduce-overhead" if name == "graphs" else None)

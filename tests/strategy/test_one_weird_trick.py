@@ -1,0 +1,66 @@
+"""OneWeirdTrick's own promises; that n processes equal one under plain SGD is in the contract."""
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from training_job import Classifier, Options, digest, run
+
+from lightning_cnn.errors import ConfigurationError
+from lightning_cnn.strategy import OneWeirdTrick, diagnose
+from lightning_cnn.strategy.one_weird_trick import shared_layers
+
+TRAINER = {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}
+
+
+def test_clipping_accumulation_adamw_and_checkpoints_are_those_of_one_process(job, tmp_path):
+    """float64; an epoch in one process, then one more in two from its checkpoint; and what two save, one can load."""
+    common = {"optimizer": "adamw", "trainer": TRAINER, "save_epoch": True}
+    try:
+        run(Options(ranks=1, batch=8, epochs=1, out=str(tmp_path / "one"), **common), "auto")
+        resume = {"resume": str(tmp_path / "one" / "epoch=0.ckpt"), "epochs": 2}
+        _, alone = run(Options(ranks=1, batch=8, out=str(tmp_path / "one"), **common, **resume), "auto")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    done = job({"strategy": "one_weird_trick", "batch": 4, **common, **resume}).wait()
+    assert done.process.returncode == 0, done.output
+    for rank in (0, 1):
+        assert done[0][rank]["weights"] == pytest.approx(digest(alone), abs=1e-12)
+    saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+    model = Classifier(Options()).double()
+    model.load_state_dict(saved["state_dict"])
+    assert digest(model) == pytest.approx(digest(alone), abs=1e-12)
+    theirs = torch.load(tmp_path / "one" / "epoch=1.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    ours = saved["optimizer_states"][0]["state"]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[k]["exp_avg"], theirs[k]["exp_avg"], rtol=0, atol=1e-12) for k in theirs)
+
+
+def test_batches_of_different_sizes_are_refused(job):
+    done = job({"strategy": "one_weird_trick", "loader": "own", "batch": 20}).wait()
+    assert done[0][0]["error"] == "DataError"
+    assert "16 to 20" in done[0][0]["message"]
+    assert done.gone()
+
+
+def test_every_linear_layer_with_enough_outputs_is_shared():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 7), nn.Linear(7, 1))
+    assert shared_layers(net, 2) == ["1"]
+
+
+def test_the_doctor_says_what_cannot_be_divided():
+    class Bad(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+    found = diagnose(Trainer(accelerator="cpu", devices=2, strategy=OneWeirdTrick()), Bad())
+    assert "automatic_optimization" in found.problems[0]
+    assert "no nn.Linear" in found.problems[1]
+    assert "BatchNorm (net.1" in found.advice[0]
+
+
+def test_a_wrong_argument_is_named():
+    with pytest.raises(ConfigurationError, match="timeout_s must be positive"):
+        OneWeirdTrick(timeout_s=0)
