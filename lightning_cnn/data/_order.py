@@ -135,7 +135,7 @@ def windowed(lengths: Sequence[int], window: int) -> Draw:
     starts = [0, *np.cumsum(lengths).tolist()]
 
     def draw(key: int) -> np.ndarray:
-        shards = counter.permutation(counter.key(key, "shards"), len(lengths)).numpy()
+        shards = counter.permutation(counter.key(key, "shards"), len(lengths)).tolist()
         groups = [shards[first : first + window] for first in range(0, len(shards), window)]
         samples = [np.concatenate([np.arange(starts[k], starts[k + 1]) for k in group]) for group in groups]
         shuffles = (counter.permutation(counter.key(key, "window", k), len(part)).numpy() for k, part in enumerate(samples))
