@@ -99,12 +99,12 @@ def rates(
     so many times `longer`.
 
     Workers of the streams that wait go on until their queues are full, and a stream's turn starts with what it had queued: so each turn
-    first lets the others settle, then empties its own queue, unmeasured.
+    first waits until the others have settled, then empties its own queue, unmeasured.
     """
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in streams}
     for _ in range(n + 1):
         for name, stream in streams.items():
-            time.sleep(0.3)
+            settle()
             peers.take(stream, 5)
             start, cpu = time.perf_counter(), cpu_seconds()
             count = peers.take(stream, batches * (longer or {}).get(name, 1))

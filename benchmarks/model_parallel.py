@@ -73,7 +73,7 @@ def theory(runner: Runner, ranks: int, each_s: float) -> float:
     while any(left.values()):
         for rank, actions in left.items():
             while actions:
-                stage, kind, batch = actions[0].stage_index, str(actions[0].computation_type), actions[0].microbatch_index
+                stage, kind, batch = actions[0].stage_index, actions[0].computation_type.value, actions[0].microbatch_index
                 before = {
                     "F": [("F", stage - 1, batch)] if stage else [],
                     "W": [("I", stage, batch)],

@@ -118,16 +118,20 @@ def accuracy_row(row: str, ours: list[float], theirs: list[float]) -> Row:
 
 def communication(quick: bool) -> list[Row]:
     """All-reduce by size; the two constants come from a fit that weighs every size alike (relative errors)."""
-    table = []
-    for processes in (2, 4):
+    table, n = [], 3 if quick else 9
+    here = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun has started the processes, on as many machines as you like
+    for processes in [int(os.environ["WORLD_SIZE"])] if here else [2, 4]:
         with TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(all_reduces, (processes, folder, 3 if quick else 9), processes)
-            times = json.loads(Path(folder, "times").read_text())
+            if here:
+                times = all_reduces(int(os.environ["RANK"]), processes, "", n)
+            else:
+                torch.multiprocessing.spawn(all_reduces, (processes, folder, n), processes)
+                times = json.loads(Path(folder, "times").read_text())
         sent = np.array([2 * (processes - 1) / processes * size for size in BYTES])  # by each process of a ring
         design = np.stack([np.ones(len(BYTES)), sent], 1) / np.array(times)[:, None]
         latency_s, per_byte_s = np.linalg.lstsq(design, np.ones(len(BYTES)), rcond=None)[0]
         fitted = latency_s + per_byte_s * sent
-        name, n = f"all-reduce, {processes} processes", 3 if quick else 9
+        name = f"all-reduce, {processes} processes"
         table.append(Row(f"{name}: latency", "", 1e6 * latency_s, None, "us", n=n))
         table.append(Row(f"{name}: bandwidth", "", 1e-9 / per_byte_s, None, "GB/s", n=n))
         for size, seconds, model in zip(BYTES, times, fitted, strict=True):
@@ -135,10 +139,11 @@ def communication(quick: bool) -> list[Row]:
     return table
 
 
-def all_reduces(rank: int, processes: int, folder: str, n: int) -> None:
-    """Median seconds of an all-reduce for each size, rounds interleaved."""
+def all_reduces(rank: int, processes: int, folder: str, n: int) -> list[float]:
+    """Median seconds of an all-reduce for each size, rounds interleaved; processes meet in `folder`, or where torchrun says."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+    meet = f"file://{folder}/meet" if folder else "env://"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=processes)
     rounds = []
     for _ in range(n + 1):
         rounds.append([])
@@ -149,10 +154,12 @@ def all_reduces(rank: int, processes: int, folder: str, n: int) -> None:
             for _ in range(repeats):
                 dist.all_reduce(data)
             rounds[-1].append((time.perf_counter() - began) / repeats)
-    if rank == 0:
-        Path(folder, "times").write_text(json.dumps(np.median(rounds[1:], 0).tolist()))
+    times = np.median(rounds[1:], 0).tolist()
+    if folder and rank == 0:
+        Path(folder, "times").write_text(json.dumps(times))
     dist.barrier()
     dist.destroy_process_group()
+    return times
 
 
 GROUPS = {
@@ -168,10 +175,11 @@ def main() -> None:
     parser.add_argument("--only", choices=GROUPS, help="one group")
     parser.add_argument("--json")
     options = parser.parse_args()
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # Lightning starts this script again for the second worker
+    started = "TORCHELASTIC_RUN_ID" in os.environ
+    first = int(os.environ.get("RANK" if started else "LOCAL_RANK", 0)) == 0  # Lightning starts this script again for the second worker
     table = []
     for name in [options.only] if options.only else GROUPS:
-        if first or name != "communication":
+        if first or started or name != "communication":
             table += GROUPS[name](options.quick)
     if first:
         report(table, options.json)

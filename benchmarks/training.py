@@ -2,7 +2,7 @@
 
     python benchmarks/training.py [--quick] [--only GROUP ...] [--json FILE]
 
-Groups: resnet18_train, convnext_train, resnet18_infer, convnext_infer, overhead, recipe. Float32 of 2 threads unless OMP_NUM_THREADS
+Groups: resnet18_train, convnext_train, resnet18_infer, convnext_infer, overhead, recipe. Float32, one thread unless OMP_NUM_THREADS
 says otherwise; sizes are in the row names. `recipe` trains from a folder to an accuracy in wall time; torchvision's reference script
 and timm's train.py run on the same pictures and schedule when REFERENCES names a checkout of each.
 """
@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import lightning as L
 import torch
@@ -133,7 +133,7 @@ def steps_of(name: str, stage: str, quick: bool) -> list[Row]:
     """The three ways in turns, each on a network of its own with the same weights."""
     import torch.fx.experimental.optimization  # noqa: F401
 
-    steps, rounds = (3, 1) if quick else (6, 3)
+    steps, rounds = (3, 1) if quick else (5, 2)
     fast = FastTraining if stage == "train" else FastInference
     found: dict[str, list[float]] = {"ours": [], "stock": [], "hand": []}
     loops = [
@@ -155,7 +155,7 @@ def steps_of(name: str, stage: str, quick: bool) -> list[Row]:
 
 def overhead(quick: bool) -> list[Row]:
     """Microseconds a step over a plain loop on a network of next to no work; and what the monitor adds to one."""
-    steps, rounds = (200, 1) if quick else (600, 3)
+    steps, rounds = (200, 1) if quick else (400, 3)
     found: dict[str, list[float]] = {name: [] for name in ("plain", "bare", "lean", "defaults", "watched")}
     for _ in range(rounds):
         found["plain"].append(_plain(steps))

@@ -48,7 +48,7 @@ class Net(L.LightningModule):
 
 
 if __name__ == "__main__":
-    epochs = 1 if "--quick" in sys.argv else 10
+    epochs = 1 if "--quick" in sys.argv else 3
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     for name, (strategy, batch_size) in RUNS.items():

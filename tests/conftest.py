@@ -79,7 +79,7 @@ def pytest_pyfunc_call(pyfuncitem):
     """A test that forks runs in a fresh process: forking one in which other tests have started threads can hang for ever."""
     if pyfuncitem.get_closest_marker("forks") is None or "FORKS_ALONE" in os.environ:
         return None
-    alone = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", pyfuncitem.nodeid]
+    alone = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "", "-o", "timeout=0", pyfuncitem.nodeid]
     root = pyfuncitem.config.rootpath
     # Lightning leaves the address of the last group in the environment: a fresh process chooses its own port.
     kept = {

@@ -5,6 +5,7 @@ must exist in its signature and fit its annotation. All problems are reported at
 """
 
 import inspect
+import re
 import sys
 import types
 import typing
@@ -26,6 +27,9 @@ CLASSES = (
 )  # fmt: skip
 FUNCTIONS = ("lightning_cnn.", "torchvision.models.", "timm.models._factory.")
 NEVER = ("lightning_cnn.app.main", "lightning_cnn.app._check")
+LOGGERS = ("logging.Formatter", "logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "colorlog.ColoredFormatter")
+STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+LOG_FILE = "${hydra.runtime.output_dir}/${hydra.job.name}.log"  # Hydra's own
 RESERVED = {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}
 
 
@@ -38,13 +42,14 @@ def composition(verb: str, overrides: Sequence[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    raise_all(_word_problems(overrides))
     words = [word for word in overrides if not word.startswith("-")]
     try:
         config = _composed(verb, words)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigurationError(_explained(str(error), verb, words)) from error
     allowed = tuple(f"{package.rstrip('.')}." for package in config.get("allow_packages") or ())
-    found = [*_unknown_keys(config, verb), *problems(config, allow=allowed)]
+    found = [*_unknown_keys(config, verb), *problems(config, allow=allowed), *_setting_problems(config.hydra)]
     raise_all(found)
 
 
@@ -61,6 +66,38 @@ def _composed(verb: str, words: Sequence[str]) -> DictConfig:
         return engine.config_loader.load_configuration(verb, list(words), run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False)
     finally:
         GlobalHydra.instance().clear()
+
+
+def _word_problems(words: Sequence[str]) -> Iterator[str]:
+    """What would let Hydra read, or import, before or beside what is checked here."""
+    for word in words:
+        if word.startswith(("--config", "-cp", "-cn", "-cd")):
+            yield f"{word}: another primary configuration would not be checked; give hydra.searchpath=[file://FOLDER] instead"
+        if word.lstrip("+~").startswith("hydra.searchpath"):
+            for scheme, place in re.findall(r"([\w+.-]+)://([^\s,'\"\]]*)", word):
+                if scheme != "file" and f"{scheme}://{place}" != "pkg://lightning_cnn.conf":
+                    yield f"{scheme}://{place}: a search path would be imported before it is checked; only file://FOLDER is read"
+
+
+def _setting_problems(hydra: DictConfig) -> Iterator[str]:
+    """Hydra's settings that run something without a `_target_`: factories of logging, and the environment of new processes."""
+    for group in ("hydra_logging", "job_logging"):
+        yield from _logging_problems(OmegaConf.to_container(hydra[group], resolve=False), f"hydra.{group}")
+    if hydra.job.env_set:
+        yield f"hydra.job.env_set: {dict(hydra.job.env_set)}: set the environment where you start the program"
+
+
+def _logging_problems(value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, below in value.items():
+            if key in ("()", "class", "factory") and below not in LOGGERS:
+                yield f"{path}.{key}: {below!r} is no class that a configuration may log with; choose one of {', '.join(LOGGERS)}"
+            yield from _logging_problems(below, f"{path}.{key}")
+    elif isinstance(value, list):
+        for position, below in enumerate(value):
+            yield from _logging_problems(below, f"{path}[{position}]")
+    elif isinstance(value, str) and value not in STREAMS and ("ext://" in value or (value.startswith("${") and value != LOG_FILE)):
+        yield f"{path}: {value!r} could name anything that Python can import; write the plain value"
 
 
 def problems(node: Any, path: str = "", allow: tuple[str, ...] = ()) -> Iterator[str]:

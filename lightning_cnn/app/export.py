@@ -70,8 +70,8 @@ def _program(model: Any, pictures: Tensor, out: Path):
 
 def _onnx(model: Any, pictures: Tensor, out: Path):
     try:
-        import onnx
-        from onnx.reference import ReferenceEvaluator
+        import onnx  # pyright: ignore[reportMissingImports]  (an extra)
+        from onnx.reference import ReferenceEvaluator  # pyright: ignore[reportMissingImports]
 
         program = torch.onnx.export(model, (pictures,), dynamic_shapes=({0: torch.export.Dim("b", min=1)},), dynamo=True, verbose=False)
     except ImportError as error:

@@ -20,6 +20,7 @@ VERBS = {
     "export": "write a checkpoint as one file that runs elsewhere: export ckpt_path=best out=model.pt2|.onnx|.safetensors",
     "bench": "measure against the peers: bench [loading|...]",
 }
+VERB = "LIGHTNING_CNN_VERB"  # for the other processes of a strategy: Lightning starts them with sys.argv, where Hydra allows no verb
 USAGE = """\
 lightning-cnn VERB [key=value ...]      (-m sweeps: lightning-cnn train -m seed=1,2,3)
 
@@ -38,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return 0
+    if "=" in words[0] and "LOCAL_RANK" in os.environ and VERB in os.environ:
+        words = [os.environ[VERB], *words]
     verb, *rest = words
     if verb not in _available():
         print(f"lightning-cnn has no verb {verb!r}{_did_you_mean(verb, _available())}\n\n{_usage()}", file=sys.stderr)

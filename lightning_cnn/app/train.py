@@ -29,7 +29,11 @@ def run(config: DictConfig, folder: Path) -> float | None:
     if config.test:
         numbers |= _tested(trainer, model, data)
     if not trainer.is_global_zero:
-        return None
+        return None  # one process of a run reports
+    left_out = getattr(data, "left_out", ())
+    if left_out:
+        numbers["pictures_left_out"] = len(left_out)
+        (folder / "left_out.txt").write_text("\n".join(left_out) + "\n")
     _report.pictures(folder, trainer, model, data)
     return _report.finish(folder, numbers, title=config.name, loaded=getattr(model, "loaded", None))
 

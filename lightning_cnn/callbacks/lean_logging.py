@@ -43,7 +43,7 @@ class LeanLogging(Callback):
                 pl_module.log(name, value, *args, **options)
 
         pl_module.__dict__.update(log=lean, log_dict=lean_dict)
-        log.info("Step values of training_step are read and written every %d steps.", trainer.log_every_n_steps)
+        log.info("Step values of training_step are read and written every %d steps.", trainer.log_every_n_steps)  # pyright: ignore[reportAttributeAccessIssue]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self._latest:
@@ -53,7 +53,7 @@ class LeanLogging(Callback):
         if due or trainer.is_last_batch:
             connector._callback_metrics.update({name: torch.as_tensor(value) for name, (value, _, _) in self._latest.items()})
         if due:
-            values = _read(self._latest)
+            values: Any = _read(self._latest)
             connector._progress_bar_metrics.update({name: values[name] for name, (_, _, bar) in self._latest.items() if bar})
             connector.log_metrics({name: values[name] for name, (_, logged, _) in self._latest.items() if logged})
 

@@ -1,7 +1,7 @@
 """`PackedImages`: packed files as a map-style dataset for anyone's DataLoader."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,14 +87,19 @@ class PackedImages(Dataset):
     def locate(self, index: int) -> tuple[Packed, int]:
         """The file that holds a sample, and its position there."""
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        if self.remote is not None:
-            self.remote.require(shard)
+        self.bring([shard])
         return self.files[shard], index - int(self.starts[shard])
 
     def shards(self, indices: np.ndarray) -> np.ndarray:
         """Which files hold some samples, in the order of their first use."""
         shard = np.searchsorted(self.starts, indices % len(self), side="right") - 1
         return shard[np.sort(np.unique(shard, return_index=True)[1])]
+
+    def bring(self, shards: Iterable[int]) -> None:
+        """Fetch those of some files that are not here."""
+        if self.remote is not None:
+            for shard in shards:
+                self.remote.require(int(shard))
 
     def by_file(self, indices: np.ndarray) -> Iterator[tuple[Packed, np.ndarray, np.ndarray]]:
         """(file, positions within `indices`, index entries) for each file that holds some of them."""
@@ -158,8 +163,7 @@ class PackedImages(Dataset):
         return pixels, place
 
     def __getstate__(self) -> dict[str, Any]:
-        for shard in range(len(self.files)) if self.remote else ():
-            self.remote.require(shard)  # another process reads the local files
+        self.bring(range(len(self.files)))  # another process reads the local files
         return {"_paths": self._paths, "_verify": self._verify, "remote": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

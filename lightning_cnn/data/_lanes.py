@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ class FusedLane:
                 source, offset = self.images.crops(file, rows, chosen, shown)
                 box, heights, widths = box - shown * (1, 1, 0, 0), shown[:, 2], shown[:, 3]
             size = (heights, widths) if self._augment.crop == "padded" else (widths,)
-            kernel = resample.crop_padded if self._augment.crop == "padded" else resample.crop_resize
+            kernel: Any = resample.crop_padded if self._augment.crop == "padded" else resample.crop_resize
             check = self.images.pending(chosen, rows)
             self.images.passed(chosen, kernel(source, offset, *size, box, flip, *self._augment.affine(), out, entry, check))
 
@@ -201,8 +201,7 @@ class ResidentLoader(CountedLoader):
         for begin in range(0, samples, BROUGHT):
             indices = np.arange(begin, min(begin + BROUGHT, samples))
             part = np.empty((len(indices), *shape), np.uint8)
-            for shard in self._lane.images.shards(indices) if self._lane.images.remote else ():
-                self._lane.images.remote.require(int(shard))
+            self._lane.images.bring(self._lane.images.shards(indices))
             self._lane.fill(0, indices, part)
             store[begin : begin + len(indices)] = torch.from_numpy(part).to(self._device)
         return store

@@ -5,20 +5,23 @@ of (seed, epoch), the noise of a sample a function of (seed, epoch, index), and 
 not those that workers have fetched ahead.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lightning_cnn.data._order import Order, shuffled
-from lightning_cnn.errors import DataError
+from lightning_cnn.errors import ConfigurationError, DataError, raise_all
 from lightning_cnn.functional import counter
 from lightning_cnn.functional.batch import Batch
 from lightning_cnn.functional.generators import generators_restored, seed_generators
+
+log = logging.getLogger(__name__)
 
 
 class CountedLoader(ABC):
@@ -65,6 +68,8 @@ class Resumable(CountedLoader):
     Before each sample is read the global generators of torch, numpy and Python are seeded by (seed, epoch, index), and put back after
     the batch: random transforms inside the dataset become functions of the sample, whichever worker runs them.
     `drop_last=False` delivers every sample exactly once on any number of ranks; see `_order` for how the tail is shared.
+    `on_error` is what happens where reading a sample raises a DataError: `raise` it; `skip` the sample, so that its batch is smaller; or
+    `report`: skip, and at the end of the epoch raise one error that lists all. `left_out` holds those skipped, each with its reason.
     `num_replicas` and `rank` are only needed where torch.distributed does not know them.
     """
 
@@ -78,6 +83,7 @@ class Resumable(CountedLoader):
         drop_last: bool = False,
         num_workers: int = 0,
         pin_memory: bool = False,
+        on_error: Literal["raise", "skip", "report"] = "raise",
         collate: Callable[[list[Any]], Any] = default_collate,
         num_replicas: int | None = None,
         rank: int | None = None,
@@ -85,9 +91,13 @@ class Resumable(CountedLoader):
         samples = len(dataset)  # pyright: ignore[reportArgumentType]  # map-style datasets have a length that their type does not show
         draw = shuffled(samples) if shuffle else None
         super().__init__(Order(samples, batch_size, seed, drop_last, draw, num_replicas, rank))
+        if on_error not in ("raise", "skip", "report"):
+            raise ConfigurationError(f"on_error must be 'raise', 'skip' or 'report', got {on_error!r}.")
+        self.left_out: dict[int, str] = {}
+        self._report = on_error == "report"
         self._plan = _Plan()
         self._loader = DataLoader(
-            _Batches(dataset, seed, collate),
+            _Batches(dataset, seed, collate, lenient=on_error != "raise"),
             sampler=self._plan,
             batch_size=None,
             collate_fn=_as_is,
@@ -99,7 +109,13 @@ class Resumable(CountedLoader):
 
     def _load(self, epoch: int, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
         self._plan.addresses = [(epoch, indices) for indices in plan]
-        yield from self._loader
+        for batch, left_out in self._loader:
+            for index, reason in left_out:
+                log.warning("left out sample %d: %s", index, reason)
+            self.left_out.update(left_out)
+            yield batch
+        if self._report:
+            raise_all((f"sample {index}: {reason}" for index, reason in sorted(self.left_out.items())), DataError)
 
 
 class _Plan(Sampler):
@@ -118,14 +134,25 @@ class _Plan(Sampler):
 class _Batches(Dataset):
     """A dataset whose items are whole batches, addressed by (epoch, sample indices)."""
 
-    def __init__(self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any]) -> None:
-        self._dataset, self._seed, self._collate = dataset, seed, collate
+    def __init__(self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any], lenient: bool) -> None:
+        self._dataset, self._seed, self._collate, self._lenient = dataset, seed, collate, lenient
 
-    def __getitem__(self, address: tuple[int, np.ndarray]) -> Batch:
+    def __getitem__(self, address: tuple[int, np.ndarray]) -> tuple[Batch, list[tuple[int, str]]]:
         epoch, indices = address
+        samples, left_out = {}, []
         with generators_restored():
-            images, labels = zip(*(self._sample(epoch, int(index)) for index in indices), strict=True)
-        return Batch(self._stack(images, indices), self._collate(list(labels)), torch.from_numpy(indices))
+            for index in map(int, indices):
+                try:
+                    samples[index] = self._sample(epoch, index)
+                except DataError as error:
+                    if not self._lenient:
+                        raise
+                    left_out.append((index, str(error)))
+        if not samples:
+            raise DataError(f"No sample of a batch can be read; the first of {len(left_out)}: {left_out[0][1]}")
+        images, labels = zip(*samples.values(), strict=True)
+        read = np.fromiter(samples, np.int64)
+        return Batch(self._stack(images, read), self._collate(list(labels)), torch.from_numpy(read)), left_out
 
     def _sample(self, epoch: int, index: int) -> tuple[Any, Any]:
         seed_generators(counter.key(self._seed, "sample", epoch, index))

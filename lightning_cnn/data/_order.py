@@ -132,7 +132,7 @@ def shuffled(samples: int) -> Draw:
 
 def windowed(lengths: Sequence[int], window: int) -> Draw:
     """Every sample once: shards of these lengths in random order, and samples shuffled among `window` neighbours of that order."""
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    starts = [0, *np.cumsum(lengths).tolist()]
 
     def draw(key: int) -> np.ndarray:
         shards = counter.permutation(counter.key(key, "shards"), len(lengths)).numpy()

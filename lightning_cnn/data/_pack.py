@@ -25,6 +25,7 @@ from lightning_cnn.files import check_space
 
 log = logging.getLogger(__name__)
 ORIENTATION = 0x0112  # the EXIF tag
+ON_ERROR = ("raise", "skip", "report")
 FITS = ("crop", "short", "keep")
 
 
@@ -48,7 +49,7 @@ def pack(
     quality: int = 90,
     shards: int = 1,
     workers: int | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
+    on_error: Literal["raise", "skip", "report"] = "raise",
     overwrite: bool = False,
     progress: bool = True,
 ) -> PackReport:
@@ -56,7 +57,9 @@ def pack(
 
     `fit`: `crop` scales the shorter side to `size` and keeps the centre square (all samples alike: the fastest to read), `short`
     scales only, `keep` (or `size=None`) changes nothing; a JPEG that is kept stays byte for byte what it was. Scaling is bilinear and
-    antialiased. The same source gives the same bytes, whatever `workers` is. A file appears under its name complete or not at all.
+    antialiased. `on_error`: `raise` stops at the first broken picture, `skip` leaves broken ones out and counts them, `report` reads on
+    and then lists every one in its error, writing nothing. The same source gives the same bytes, whatever `workers` is. A file appears
+    under its name complete or not at all.
     """
     raise_all(_problems(size, codec, fit, quality, shards, on_error))
     opened = open_source(source)
@@ -152,6 +155,8 @@ class _Stream:
             else:
                 log.warning("left out %s: %s", record, moments)
                 self._report.skipped.append((record, moments))
+        if self._on_error == "report":
+            raise_all((f"{name}: {reason}" for name, reason in self._report.skipped), DataError)
 
     def metadata(self) -> dict[str, Any]:
         encoder, (count, total, squares) = self._encoder, self._sums
@@ -192,8 +197,8 @@ def _problems(size: int | None, codec: str, fit: str, quality: int, shards: int,
         yield f"quality must be from 1 to 100, got {quality}."
     if shards < 1:
         yield f"shards must be at least 1, got {shards}."
-    if on_error not in ("raise", "skip"):
-        yield f"on_error must be 'raise' or 'skip', got {on_error!r}."
+    if on_error not in ON_ERROR:
+        yield f"on_error must be one of {ON_ERROR}, got {on_error!r}."
 
 
 def _check_space(folder: Path, encoder: _Encoder) -> None:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -26,6 +26,7 @@ class ImageFolders(L.LightningDataModule):
     Args:
         shots: training pictures a class (few-shot), or all.
         seed: orders the training pictures and chooses the shots.
+        on_error: at a picture that cannot be decoded: `raise`, `skip` it (counted in the report), or `report` all at an epoch's end.
 
     Raises:
         DataError: at `setup`: the folder is missing, has fewer than two classes, or a class has too few pictures; while reading: the
@@ -43,8 +44,11 @@ class ImageFolders(L.LightningDataModule):
         shots: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        on_error: Literal["raise", "skip", "report"] = "raise",
     ) -> None:
         super().__init__()
+        self.on_error: Literal["raise", "skip", "report"] = on_error
+        self._loaders: dict[str, Resumable] = {}
         self.root, self.size_px, self.batch_size, self.val_fraction = str(root), size_px, batch_size, val_fraction
         self.shots, self.seed, self.num_workers = shots, seed, num_workers
 
@@ -74,15 +78,26 @@ class ImageFolders(L.LightningDataModule):
         test = _listed(root / "test", names) if (root / "train").is_dir() and (root / "test").is_dir() else validation
         self.train, self.validation, self.test = (Pictures(files, self.size_px) for files in (train, validation, test))
 
+    @property
+    def left_out(self) -> list[str]:
+        """Each picture that was skipped, with the reason."""
+        return sorted({reason for loader in self._loaders.values() for reason in loader.left_out.values()})
+
     def train_dataloader(self) -> Resumable:
-        batch_size = min(self.batch_size, len(self.train))
-        return Resumable(self.train, batch_size=batch_size, shuffle=True, seed=self.seed, num_workers=self.num_workers)
+        return self._loader("train", self.train, min(self.batch_size, len(self.train)), shuffle=True)
 
     def val_dataloader(self) -> Resumable:
-        return Resumable(self.validation, batch_size=self.batch_size, shuffle=False, num_workers=self.num_workers)
+        return self._loader("val", self.validation, self.batch_size)
 
     def test_dataloader(self) -> Resumable:
-        return Resumable(self.test, batch_size=self.batch_size, shuffle=False, num_workers=self.num_workers)
+        return self._loader("test", self.test, self.batch_size)
+
+    def _loader(self, split: str, pictures: "Pictures", batch_size: int, shuffle: bool = False) -> Resumable:
+        options: Any = {"shuffle": shuffle, "seed": self.seed, "num_workers": self.num_workers, "on_error": self.on_error}
+        left_out = self._loaders[split].left_out if split in self._loaders else {}
+        self._loaders[split] = Resumable(pictures, batch_size=batch_size, **options)
+        self._loaders[split].left_out.update(left_out)
+        return self._loaders[split]
 
     predict_dataloader = test_dataloader
 

@@ -12,7 +12,8 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     given = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     if not given:
         return True
-    return bool(torch.stack([norm.float().to(given[0].device) for norm in torch._foreach_norm(given, float("inf"))]).isfinite().all())
+    norms = torch._foreach_norm(given, float("inf"))  # pyright: ignore[reportPrivateImportUsage]
+    return bool(torch.stack([norm.float().to(given[0].device) for norm in norms]).isfinite().all())
 
 
 def bad_rows(value: Any) -> list[int] | None:

@@ -18,6 +18,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -27,6 +28,8 @@ from lightning_cnn.errors import DistributedError
 from lightning_cnn.strategy._doctor import Diagnosis, batch_norms, check, synced_norms
 from lightning_cnn.strategy._schedule import GlobalClock, fair_share
 from lightning_cnn.strategy._stealing import StealingLane, StealingLoader, StealingSampler, loads_a_plan
+from lightning_cnn.strategy._stop import save_and_stop
+from lightning_cnn.strategy._team import Team
 from lightning_cnn.strategy._watched import Watched
 
 log = logging.getLogger(__name__)
@@ -107,6 +110,7 @@ class Apart(Watched, ParallelStrategy):
         states = self.meet("first weights", module.state_dict() if self.is_global_zero else None)
         module.load_state_dict(states[0])
         if fitting:
+            self._gates = self.team.fresh("gate") if self.team else ""
             callbacks(trainer).insert(0, _Boundaries(self))
 
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -150,13 +154,35 @@ class Apart(Watched, ParallelStrategy):
         return Diagnosis(problems, advice)
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         assert self.lightning_module is not None
+        loop = self.lightning_module.trainer.fit_loop
+        if self.sampler is not None and loop.restarting:  # the loader was there before the checkpoint: it begins anew, where that ended
+            loop._load_combined_loader_states()
+            iter(loop._data_fetcher)  # type: ignore[arg-type]
         self.start(self.lightning_module.trainer)
 
     def settle_once(self) -> None:
         if not self._settled:
             self._settled = True
             self.settle()
+
+    def stops(self, trainer: Trainer, team: Team, last: bool) -> bool:
+        """Whether this rank's epoch ends here because of a SIGTERM.
+
+        Ranks end an epoch at different times, and nobody waits to ask the others. So each epoch has a gate in the store: the first
+        rank that comes to the epoch's end, or hears of the SIGTERM inside it, says once and for all whether it leads on or to a stop.
+        """
+        if self.sampler is None:
+            if team.stopping and self.is_global_zero:
+                save_and_stop(trainer)  # each rank has its own share and cannot end it early: what rank 0 has by now is saved
+            if team.stopping:
+                raise SIGTERMException
+            return False
+        gate = f"{self._gates}/{trainer.current_epoch}"
+        if team.stopping and team.store.compare_set(gate, "", "stop") == b"stop":
+            self.sampler.stop()
+        return last and team.store.compare_set(gate, "", "on") == b"stop"
 
     def teardown(self) -> None:
         module = self.lightning_module
@@ -200,7 +226,7 @@ class Apart(Watched, ParallelStrategy):
             batch_size=batch_size,
             team=self.team,
             name=self.team.fresh("steal"),
-            epoch=lambda: progress.current.processed,
+            epoch=lambda: progress.current.processed,  # type: ignore[attr-defined]
             seed=seed,
             shuffle=shuffle,
             drop_last=drop_last,
@@ -295,8 +321,16 @@ class _Boundaries(Callback):
         self.strategy.resume()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.strategy.sampler is not None:
-            self.strategy.sampler.finished()
+        strategy = self.strategy
+        if strategy.sampler is not None:
+            strategy.sampler.finished()
+        if strategy.team is not None and strategy.stops(
+            trainer, strategy.team, trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        ):
+            self._meet()
+            strategy.settle_once()
+            trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False  # there is more to come, for who resumes
+            save_and_stop(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:

@@ -48,7 +48,7 @@ class StealingSampler(Sampler[list[int]]):
         self.seed, self.shuffle, self.drop_last, self._which_epoch, self._given = seed, shuffle, drop_last, epoch, order
         self._epochs: deque[_Epoch] = deque(maxlen=2)
         self._hand: deque[tuple[_Epoch, int]] = deque()
-        self._visits, self._resume = 0, (-1, frozenset[int]())
+        self._visits, self._resume, self._stopped = 0, (-1, frozenset[int]()), False
 
     @property
     def total(self) -> int:
@@ -63,11 +63,11 @@ class StealingSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         index, (resumed, done) = self._which_epoch(), self._resume
-        before = done if resumed == index else frozenset()
-        self._resume = (-1, frozenset())
+        before = done if resumed == index else frozenset()  # kept: Lightning may begin a resumed epoch's iteration twice
         batches = plan(self._order(index), self.batch_size, self.total, before, self.team.size)
         self._epochs.append(_Epoch(index, f"{self.name}/{self._visits}", batches, before))
         self._hand.clear()
+        self._stopped = False
         if self.team.rank == 0 and self._visits >= 3:
             for key in ("next", "done"):
                 self.team.store.delete_key(f"{self.name}/{self._visits - 3}/{key}")
@@ -81,6 +81,10 @@ class StealingSampler(Sampler[list[int]]):
             self.team.store.append(f"{epoch.ledger}/done", f"{number},")
             self.team.store.delete_key(f"{epoch.ledger}/{number}")
 
+    def stop(self) -> None:
+        """Hand out no more batches in this epoch."""
+        self._stopped = True
+
     def state_dict(self) -> dict[str, Any]:
         if not self._epochs:
             return {"epoch": self._resume[0], "done": sorted(self._resume[1])}
@@ -89,6 +93,7 @@ class StealingSampler(Sampler[list[int]]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._resume = (int(state["epoch"]), frozenset(state["done"]))
+        self._epochs.clear()  # what was begun before belongs to nobody
 
     @property
     def epoch(self) -> int:
@@ -104,11 +109,11 @@ class StealingSampler(Sampler[list[int]]):
 
     def _claims(self, epoch: _Epoch) -> Iterator[list[int]]:
         numbers, position = list(epoch.batches), self.team.rank
-        while position < len(numbers):
+        while position < len(numbers) and not self._stopped:
             if self._claim(epoch, numbers[position], holder=""):
                 yield epoch.batches[numbers[position]]
             position = self.team.size + self.team.store.add(f"{epoch.ledger}/next", 1) - 1
-        for late in list(self._epochs) if self.team.lost else []:
+        for late in list(self._epochs) if self.team.lost and not self._stopped else []:
             for number in sorted(set(late.batches) - self._done(late)):
                 key = f"{late.ledger}/{number}"
                 holder = self.team.store.get(key).decode() if self.team.store.check([key]) else ""
@@ -171,7 +176,7 @@ def loads_a_plan(loader: Any) -> bool:
     return not isinstance(loader, DataLoader) and hasattr(loader, "_load") and hasattr(getattr(loader, "order", None), "indices")
 
 
-def reloaded(loader: DataLoader, sampler: StealingSampler) -> DataLoader:
+def reloaded(loader: DataLoader, sampler: Sampler[list[int]]) -> DataLoader:
     """The same DataLoader with another batch sampler."""
     workers: dict[str, Any] = {}
     if loader.num_workers:

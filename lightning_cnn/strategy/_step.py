@@ -30,6 +30,11 @@ class Deliver(torch.autograd.Function):
         return None, None, torch.zeros_like(scale[0]), *found
 
 
+def loss_of(output: Any) -> Tensor:
+    """The loss in what a training_step returned."""
+    return output if isinstance(output, Tensor) else output["loss"]
+
+
 def network_of(model: LightningModule) -> nn.Module:
     """The outermost part of the model that holds all its weights and is not the LightningModule itself."""
     weighty = [(name, child) for name, child in model.named_children() if next(child.parameters(), None) is not None]

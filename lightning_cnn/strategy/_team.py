@@ -26,7 +26,7 @@ from lightning_cnn.errors import DistributedError
 log = logging.getLogger(__name__)
 KEEPALIVE_S = 6
 CONNECT_S = 5
-BYE = b"bye\n"
+BYE, STOP = b"bye\n", b"stop\n"
 
 
 class Team:
@@ -42,7 +42,7 @@ class Team:
         return cls._current
 
     def __init__(self, rank: int, size: int, address: tuple[str, int], timeout_s: float, missing: Callable[[], str | None]) -> None:
-        self.rank, self.size, self.closed = rank, size, False
+        self.rank, self.size, self.closed, self.stopping = rank, size, False, False
         self.lost: list[int] = []
         self._numbers = Counter[str]()
         self._on_loss: Callable[[int], None] = lambda rank: None
@@ -82,6 +82,14 @@ class Team:
             "Look for its own last output (killed, out of memory, exception), then resume from the last checkpoint; "
             "any number of ranks may resume."
         )
+
+    def stop(self) -> None:
+        """Somebody was asked to stop: `stopping` becomes true on every rank, soon."""
+        with self._lock:
+            if not self.stopping:
+                self.stopping = True
+                for link in self._links.values():
+                    _send(link, STOP)
 
     def leave(self, *, in_order: bool = True) -> None:
         """Say goodbye (or, `in_order=False`, let the others notice) and close."""
@@ -170,6 +178,8 @@ class Team:
             *lines, text = (text + chunk).split(b"\n")
             for line in lines:
                 left |= line == BYE.strip()
+                if line == STOP.strip():
+                    self.stop()
                 if line.startswith(b"lost "):
                     self._lose(int(line[5:]))
         if not left and not self.closed:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _get_default_process_group_backend_for_device, _init_dist_connection
@@ -19,6 +20,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_cnn.errors import DistributedError
+from lightning_cnn.strategy._stop import listen, save_and_stop
 from lightning_cnn.strategy._team import Team
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,33 @@ class Watched(ParallelStrategy):
         if self.default_group and not dist.is_initialized():
             self._open_default_group(environment)
         super().setup_environment()
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.team is not None and self.lightning_module is not None
+        listen(self.team)  # not before: Lightning has installed its own handler by now
+        if self.default_group:
+            vars(self.lightning_module.trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = self._agree_to_stop
+
+    def teardown(self) -> None:
+        module = self.lightning_module
+        if module is not None and module._trainer is not None:
+            vars(module.trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)
+        super().teardown()
+
+    def settle_to_stop(self) -> None:
+        """All ranks are here, and a checkpoint is about to be saved: make their weights equal."""
+
+    def _agree_to_stop(self) -> None:
+        """In the place of the broadcast with which Lightning begins every batch: rank 0's word is everybody's."""
+        assert self.team is not None and self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        asked = torch.tensor([self.team.stopping], dtype=torch.int32, device=self.root_device)
+        dist.broadcast(asked, 0)
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if asked.item() and batches and batches % trainer.accumulate_grad_batches == 0:
+            self.settle_to_stop()
+            save_and_stop(trainer)
 
     def _open_default_group(self, environment: ClusterEnvironment) -> None:
         # Over a fresh prefix: a store that outlives a destroyed group would hand the next one the addresses of the last.

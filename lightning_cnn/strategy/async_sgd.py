@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import sys
 import threading
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from lightning_cnn.strategy._team import gloo_group
 
 log = logging.getLogger(__name__)
 WIRE = {None: None, "fp16": torch.float16, "bf16": torch.bfloat16}
+SWITCH_S = 0.0005  # how long a push may wait for the interpreter while this rank's own training holds it (Python's default: 5 ms)
 PUSH, PULL, JOIN, PAUSE, STATE = range(5)
 
 
@@ -57,6 +59,7 @@ class AsyncSGD(Apart):
         self.staleness, self.scale_by_staleness, self.servers, self.compression = staleness, scale_by_staleness, servers, compression
         self.shard: Shard | None = None
         self._links: dict[int, Any] = {}
+        self._switch_s = sys.getswitchinterval()
         self._serving: list[threading.Thread] = []
 
     def survives(self, rank: int) -> bool:
@@ -82,6 +85,7 @@ class AsyncSGD(Apart):
             mine = self._parameters[self._shares[self.global_rank]]
             # One clock for the job: two servers that saw the workers arrive in different orders could make them wait for each other.
             bound = self.staleness if self.is_global_zero else None
+            sys.setswitchinterval(SWITCH_S)
             self.shard = Shard(optimizer, mine, self.world_size, bound, self.scale_by_staleness)
             for worker in range(self.world_size):
                 if worker != self.global_rank:
@@ -261,5 +265,7 @@ class AsyncSGD(Apart):
         self._links = {}  # closing the worker's end of a link ends the server's thread at the other end
         for thread in self._serving:
             thread.join(timeout=5)
+        if self.shard is not None:
+            sys.setswitchinterval(self._switch_s)
         self._serving, self.shard = [], None
         super().teardown()

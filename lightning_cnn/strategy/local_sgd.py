@@ -68,6 +68,10 @@ class LocalSGD(Watched, DDPStrategy):
             self._averager.average_parameters(module.parameters())
         return output
 
+    def settle_to_stop(self) -> None:
+        assert self.lightning_module is not None
+        average_parameters(_floats(self.lightning_module), _get_default_group())
+
 
 def _floats(module: nn.Module) -> Any:
     return (t for t in chain(module.parameters(), module.buffers()) if t.is_floating_point())

@@ -20,7 +20,7 @@ from lightning_cnn.strategy._cut import Chain
 from lightning_cnn.strategy._divided import OneReplica
 from lightning_cnn.strategy._doctor import Diagnosis, batch_norms
 from lightning_cnn.strategy._stages import SCHEDULES, Runner, micro_batches_problem, places
-from lightning_cnn.strategy._step import Deliver, Reached, bare, network_of, quiet
+from lightning_cnn.strategy._step import Deliver, Reached, bare, loss_of, network_of, quiet
 
 log = logging.getLogger(__name__)
 
@@ -164,11 +164,11 @@ class Pipeline(OneReplica):
         args, kwargs = apply_to_collection(args, Tensor, part), apply_to_collection(kwargs, Tensor, part)
         with quiet(self._module), self._answering(answer[: len(rows)]), self.precision_plugin.train_step_context():
             output = self._module.training_step(*args, **kwargs)
-        return (output if isinstance(output, Tensor) else output["loss"]) * (len(rows) / count)
+        return loss_of(output) * (len(rows) / count)
 
     def _delivering(self, output: Any, total: float, gradients: list, trained: list) -> Any:
         """The step's output with a loss whose backward pass delivers the gradients that the schedule has found."""
-        loss = output if isinstance(output, Tensor) else output["loss"]
+        loss = loss_of(output)
         tolerance = 1e-6 if loss.dtype == torch.float64 else 2e-2
         if abs(float(loss) - total) > tolerance * max(1.0, abs(total)):
             raise ConfigurationError(
@@ -217,7 +217,8 @@ class Pipeline(OneReplica):
             return chain.before(self.stages)
         micro = picture[: -(-len(picture) // self.micro_batches)]
         with self.precision_plugin.forward_context():
-            cuts, seconds = self.broadcast(chain.balanced(micro, count) if self.is_global_zero else None)
+            found: Any = self.broadcast(chain.balanced(micro, count) if self.is_global_zero else None)
+        cuts, seconds = found
         log.info("Pipeline: cut after %s; forward ms %s", ", ".join(cuts), [round(1000 * s, 2) for s in seconds])
         return cuts
 
@@ -240,8 +241,8 @@ class Pipeline(OneReplica):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole model on rank 0; elsewhere this rank's part, which Lightning does not write."""
-        state, named = super().lightning_module_state_dict(), dict(self._module.named_parameters())
-        named.update(self._module.named_buffers())
+        state = super().lightning_module_state_dict()
+        named: dict[str, Tensor] = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
         for name, tensor in state.items():
             owner = self._owner.get(id(named.get(name)), 0)
             if owner and self.global_rank == owner:
@@ -294,7 +295,11 @@ class Pipeline(OneReplica):
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
         """By the norm of the whole model's gradient, not of this process's part."""
         parameters = [p for p in self.precision_plugin.main_params(optimizer) if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters]).double() if parameters else torch.zeros((), dtype=torch.float64)
+        norm = (
+            nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).double()
+            if parameters
+            else torch.zeros((), dtype=torch.float64)
+        )
         square = norm.to(self.root_device).square()
         dist.all_reduce(square)
         nn.utils.clip_grads_with_norm_(parameters, clip_val, square.sqrt())

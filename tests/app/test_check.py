@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from lightning_cnn.app._check import problems, resolve
+from lightning_cnn.app._check import composition, problems, resolve
 from lightning_cnn.errors import ConfigurationError
 
 HOSTILE = """
@@ -86,3 +86,51 @@ def test_widening_the_list_is_one_key_and_only_as_wide_as_it_says():
 def test_values_are_held_against_annotations(value, fits):
     config = OmegaConf.create({"trainer": {"_target_": "lightning.Trainer", "max_epochs": value}})
     assert (list(problems(config)) == []) is fits
+
+
+# Whole commands: what Hydra, OmegaConf or logging would run by themselves. MARK is imported, called or created by none of them.
+COMMANDS = {
+    "a search path that is a package": ["hydra.searchpath=[pkg://hostile]"],
+    "a search path beside an honest one": ["hydra.searchpath=[file:///tmp,pkg://hostile.inner]"],
+    "an added search path": ["+hydra.searchpath=['pkg://hostile']"],
+    "another primary configuration": ["--config-path=FOLDER", "--config-name=train"],
+    "another primary configuration, in short": ["-cp", "FOLDER"],
+    "another folder of configurations": ["--config-dir=FOLDER"],
+    "a callback of Hydra's": ["+hydra.callbacks.x._target_=hostile.Call"],
+    "a launcher": ["hydra.launcher._target_=hostile.Call"],
+    "a sweeper": ["hydra.sweeper._target_=hostile.Call"],
+    "a callback behind an interpolation": ["+x=hostile.Call", "+hydra.callbacks.x._target_=${x}"],
+    "a factory of logging": ["+hydra.job_logging.handlers.x={'()':hostile.Call}"],
+    "a class of logging": ["+hydra.job_logging.handlers.x.class=hostile.Call"],
+    "a formatter of logging": ["+hydra.hydra_logging.formatters.x.class=hostile.Call"],
+    "a filter of logging": ["+hydra.job_logging.filters.x={'()':hostile.Call}"],
+    "a class behind an interpolation": ["+seed2=hostile.Call", "+hydra.job_logging.handlers.x.class=${seed2}"],
+    "a stream that is an import": ["hydra.job_logging.handlers.console.stream=ext://hostile"],
+    "the environment of new processes": ["+hydra.job.env_set.LD_PRELOAD=hostile.so"],
+    "a group from an honest folder": ["hydra.searchpath=[file://FOLDER]", "callbacks=hostile"],
+    "a nested target": ["+callbacks.x={_target_:lightning_cnn.callbacks.EMA,decay:{_target_:hostile.Call}}"],
+    "a partial": ["+callbacks.x={_target_:hostile.Call,_partial_:true}"],
+    "positional arguments": ["+callbacks.x={_target_:torch.nn.Sequential,_args_:[{_target_:hostile.Call}]}"],
+    "a whole node behind an interpolation": ["+x={_target_:hostile.Call}", "+callbacks.y=${x}"],
+    "a target made of parts": ["+x=hostile", "+callbacks.y._target_=${x}.Call"],
+    "a method": ["+callbacks.x._target_=lightning.Trainer.save_checkpoint"],
+    "a private name": ["+callbacks.x._target_=lightning_cnn.app._build.instantiate"],
+}
+
+
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=list(COMMANDS))
+def test_a_hostile_command_is_refused_and_nothing_of_it_is_imported(words, tmp_path, monkeypatch):
+    (tmp_path / "hostile").mkdir()
+    (tmp_path / "hostile" / "__init__.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Call: pass\n")
+    (tmp_path / "callbacks").mkdir()
+    (tmp_path / "callbacks" / "hostile.yaml").write_text("x: {_target_: hostile.Call}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigurationError):
+        composition("train", [word.replace("FOLDER", str(tmp_path)) for word in words])
+    assert not (tmp_path / "executed").exists()
+
+
+def test_honest_folders_and_levels_are_let_in(tmp_path):
+    (tmp_path / "callbacks").mkdir()
+    (tmp_path / "callbacks" / "mine.yaml").write_text("ema: {_target_: lightning_cnn.callbacks.EMA}\n")
+    composition("train", [f"hydra.searchpath=[file://{tmp_path}]", "callbacks=mine", "hydra.job_logging.root.level=DEBUG"])

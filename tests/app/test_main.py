@@ -83,3 +83,14 @@ def test_completion_knows_verbs_groups_and_options():
     assert complete("lightning-cnn tr") == ["train"]
     assert "data=image_folders" in complete("lightning-cnn train data=")
     assert "trainer.max_epochs=" in " ".join(complete("lightning-cnn train trainer.max_ep"))
+
+
+def test_a_process_that_a_strategy_started_is_told_its_verb(monkeypatch):
+    """Lightning repeats sys.argv, in which Hydra allows no verb."""
+    ran = []
+    monkeypatch.setattr("lightning_cnn.app.main._run", lambda verb, words: ran.append((verb, words)) or 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["seed=1"]) == 2
+    monkeypatch.setenv("LIGHTNING_CNN_VERB", "train")
+    assert main(["seed=1"]) == 0
+    assert ran == [("train", ["seed=1"])]

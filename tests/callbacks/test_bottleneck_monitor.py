@@ -32,7 +32,8 @@ class Pictures(Dataset):
         return self.length
 
     def __getitem__(self, index):
-        time.sleep(self.wait_s)
+        if self.wait_s:
+            time.sleep(self.wait_s)
         if self.px > 8:
             Image.open(io.BytesIO(self.file)).load()
         return torch.full((16, 24, 24), 0.5), index % 3
@@ -98,7 +99,7 @@ class Small(Net):
 
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(16, 4, 1), *(nn.Conv2d(4, 4, 1) for _ in range(40)))
+        self.net = nn.Sequential(nn.Conv2d(16, 4, 1), *(nn.Conv2d(4, 4, 1) for _ in range(100)))
 
 
 @pytest.mark.parametrize("name", PLANTED)

@@ -1,5 +1,6 @@
 """Folders of pictures: both layouts, every file once, and errors that name the folder or file."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -118,3 +119,15 @@ def test_all_bad_arguments_are_said_at_once(tmp_path):
         ready(tmp_path, val_fraction=2, shots=0)
     with pytest.raises(DataError, match="shots=9: a, b have fewer"):
         ready(tmp_path, shots=9)
+
+
+def test_a_broken_picture_is_skipped_and_counted(pictures, tmp_path):
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures, root)
+    (root / "dark" / "1.png").write_bytes(b"no picture")
+    data = ImageFolders(root=str(root), size_px=8, batch_size=4, on_error="skip")
+    data.setup("fit")
+    delivered = sum(len(batch.index) for loader in (data.train_dataloader(), data.val_dataloader()) for batch in loader)
+    assert delivered == 15
+    assert len(data.left_out) == 1
+    assert "1.png cannot be decoded" in data.left_out[0]

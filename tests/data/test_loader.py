@@ -155,3 +155,27 @@ def test_two_ranks_share_each_epoch(tmp_path, use_distributed_sampler):
     global_batches = [a[2] + b[2] for a, b in zip(*ranks, strict=True)]
     one_process = loader(batch_size=6)
     assert global_batches == [batch.index.tolist() for _ in range(2) for batch in one_process]
+
+
+class Broken(Noisy):
+    """Samples 3 and 17 cannot be read."""
+
+    def __getitem__(self, index):
+        if index in (3, 17):
+            raise DataError(f"picture {index} cannot be decoded")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_samples_are_raised_skipped_and_counted_or_all_reported(num_workers):
+    def broken(on_error):
+        return Resumable(Broken(), batch_size=BATCH, seed=1, on_error=on_error, num_workers=num_workers)
+
+    with pytest.raises(DataError, match="cannot be decoded"):
+        list(broken("raise"))
+    skipping = broken("skip")
+    seen = torch.cat([batch.index for batch in skipping])
+    assert sorted(seen.tolist()) == [index for index in range(SAMPLES) if index not in (3, 17)]
+    assert skipping.left_out == {3: "picture 3 cannot be decoded", 17: "picture 17 cannot be decoded"}
+    with pytest.raises(DataError, match=r"2 problems:\n  - sample 3: picture 3 .*\n  - sample 17: picture 17"):
+        list(broken("report"))

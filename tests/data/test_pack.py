@@ -164,3 +164,13 @@ def test_what_cannot_work_is_refused_before_anything_is_read(folder, tmp_path, m
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(DataError, match=r"about .* GB are needed and 1e-06 GB are free"):
         packed(folder, tmp_path / "y.pack")
+
+
+def test_every_broken_picture_is_listed_and_nothing_written(tmp_path, pictures):
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures, root)
+    for name in ("dark/1.png", "light/5.png"):
+        (root / name).write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"2 problems:\n  - .*dark/1\.png.*\n  - .*light/5\.png"):
+        pack(root, tmp_path / "x.pack", size=8, workers=0, on_error="report", progress=False)
+    assert not (tmp_path / "x.pack").exists()

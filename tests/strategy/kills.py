@@ -68,12 +68,34 @@ def job(env: dict[str, str]) -> None:
     try:
         attempt(options, f"0-{rank}")
         code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
     except BaseException as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
     if Team._current is not None:
         Team._current.leave()  # what atexit does in an interpreter of its own
     sys.stderr.flush()
     os._exit(code)
+
+
+def start(options: dict) -> int:
+    """A job's first rank, forked; the launcher forks the others."""
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "LOCAL_", "NODE_", "WORLD_"))}
+        for stream in (1, 2):
+            os.dup2(os.open(Path(options["out"], "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        job({**env, "JOB_OPTIONS": json.dumps(options)})
+    return pid
+
+
+def fork_instead() -> None:
+    """Import what jobs need, and make Lightning's launcher fork."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for attribute in NAMES.values():
+        getattr(lightning_cnn.strategy, attribute)
+    launcher.subprocess = SimpleNamespace(Popen=Forked)
 
 
 class Kill:
@@ -85,14 +107,8 @@ class Kill:
         self.victim, (self.epochs, *window) = draw.randrange(2), draw.choices(list(WINDOWS), list(WINDOWS.values()))[0]
         self.moment_s = draw.uniform(*window)
         out.mkdir(parents=True)
-        options = dict(strategy=name, epochs=self.epochs, sleep_s=0.04, batch=16, samples=64, out=str(out))
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "LOCAL_", "NODE_", "WORLD_"))}
-        self.parent = os.fork()
-        if self.parent == 0:
-            os.setsid()
-            for stream in (1, 2):
-                os.dup2(os.open(out / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-            job({**env, "JOB_OPTIONS": json.dumps(options)})
+        loader = "same" if name in ("spatial", "pipeline") else "torch"  # these see the same batches everywhere
+        self.parent = start(dict(strategy=name, epochs=self.epochs, sleep_s=0.04, batch=16, samples=64, out=str(out), loader=loader))
         self.began, self.killed = time.monotonic(), 0.0
 
     def look(self) -> dict | None:
@@ -160,10 +176,7 @@ def main() -> None:
     parser.add_argument("--beside", type=int, default=3, help="jobs at the same time")
     parser.add_argument("--limit-s", type=float, default=1e9, help="start no job after this")
     options = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for attribute in NAMES.values():
-        getattr(lightning_cnn.strategy, attribute)
-    launcher.subprocess = SimpleNamespace(Popen=Forked)
+    fork_instead()
     options.out.mkdir(parents=True, exist_ok=True)
     ledger = options.out / "kills.jsonl"
     lines = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []

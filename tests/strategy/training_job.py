@@ -28,6 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_cnn.functional.batch import Batch
+
 torch.set_num_threads(1)
 
 
@@ -48,7 +50,8 @@ class Options:
     scheduler: str = ""
     kill_rank: int = -1
     kill_step: int = 0
-    kill_after_s: float = 0.0
+    term_rank: int = -1
+    term_step: int = 0
     validate: bool = True
     save_epoch: bool = False
     save_on_exception: bool = False
@@ -91,8 +94,11 @@ class Own:
 
 
 class Classifier(LightningModule):
+    latest: "Classifier | None" = None
+
     def __init__(self, options: Options) -> None:
         super().__init__()
+        Classifier.latest = self
         torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))  # ranks start apart on purpose: the strategy must agree on weights
         self.options, self.steps, self.seen, self.lrs = options, 0, [], []
         self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
@@ -100,7 +106,7 @@ class Classifier(LightningModule):
         self.values: list[float] = []
 
     def training_step(self, batch, batch_idx):
-        x, y, index = batch
+        x, y, index = (*batch, batch.index) if isinstance(batch, Batch) else batch
         o = self.options
         self.steps += 1
         self.seen.append(index.tolist())
@@ -109,6 +115,8 @@ class Classifier(LightningModule):
         if self.global_rank == o.kill_rank and self.steps == o.kill_step:
             Path(o.out, "killed").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.global_rank == o.term_rank and self.steps == o.term_step:
+            os.kill(os.getpid(), signal.SIGTERM)
         loss = F.cross_entropy(self.net(x), y)
         self.log("train_loss", loss, on_step=False, on_epoch=True)
         return loss
@@ -154,7 +162,7 @@ def run(options: Options, strategy: object) -> tuple[Trainer, Classifier]:
         callbacks.append(OnExceptionCheckpoint(options.out))
     trainer = Trainer(
         accelerator="cpu",
-        devices=options.ranks,
+        **{"devices": options.ranks, **options.trainer},
         strategy=strategy,
         max_epochs=options.epochs,
         logger=False,
@@ -162,10 +170,14 @@ def run(options: Options, strategy: object) -> tuple[Trainer, Classifier]:
         callbacks=callbacks,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **options.trainer,
     )
     data = Pictures(options.samples, dtype)
-    if options.loader == "own":
+    if options.loader == "lane":  # this package's: it shards itself, and resumes inside an epoch
+        from lightning_cnn.data import Resumable  # not above: processes that import it cannot fork, and `kills` forks
+
+        pairs = [(x, y) for x, y, _ in data]
+        train = Resumable(pairs, batch_size=options.batch, shuffle=options.shuffle)
+    elif options.loader == "own":
         train = Own(data, options.batch, trainer.global_rank, options.ranks)
     else:
         # Lightning's own sampler always shuffles the training data; this one does only when asked.
@@ -195,7 +207,7 @@ def attempt(options: Options, name: str) -> None:
         }
     except BaseException as error:
         killed = Path(options.out, "killed")
-        facts |= {"error": type(error).__name__, "message": str(error)}
+        facts |= {"error": type(error).__name__, "message": str(error), "seen": Classifier.latest.seen if Classifier.latest else []}
         facts["after_s"] = time.time() - float(killed.read_text()) if killed.exists() else None
         raise
     finally:

@@ -1,0 +1,46 @@
+"""SIGTERM to any rank ends all in good order with a checkpoint, from which another number of ranks goes on inside the epoch."""
+
+import os
+
+import pytest
+from training_job import Options, digest, run
+
+SAMPLES, EPOCHS = 96, 3
+COMMON = {"samples": SAMPLES, "epochs": EPOCHS, "loader": "lane", "shuffle": True, "sleep_s": 0.01, "optimizer": "momentum", "batch": 4}
+ALL = ["sync_ddp", "local_sgd", "delayed_averaging", "async_sgd"]
+
+
+@pytest.fixture(scope="module", params=[name if name == "async_sgd" else pytest.param(name, marks=pytest.mark.soak) for name in ALL])
+def interrupted(request, launch, tmp_path_factory):
+    """A job of two ranks, the second of which gets a SIGTERM in the second of three epochs."""
+    out = tmp_path_factory.mktemp(request.param)
+    run = {"strategy": request.param, "term_rank": 1, "term_step": 17, "trainer": {"default_root_dir": str(out)}, **COMMON}
+    return request.param, launch(out, run).wait()
+
+
+def seen(ranks):
+    return [sample for rank in ranks.values() for batch in rank["seen"] for sample in batch]
+
+
+def test_a_sigterm_to_one_rank_stops_all_and_saves(interrupted):
+    _, job = interrupted
+    assert (job.out / "sigterm.ckpt").exists(), job.output
+    assert job.process.returncode == 0, job.output
+    assert [job[0][rank]["error"] for rank in (0, 1)] == ["SIGTERMException"] * 2
+    assert job.gone()
+    assert SAMPLES < len(seen(job[0])) < 2 * SAMPLES, "in the second epoch"
+
+
+def test_another_number_of_ranks_goes_on_inside_the_epoch(interrupted, launch, tmp_path):
+    """Nothing is seen twice, and nothing is left out. In step the global batch stays what it was: four ranks of half the batch."""
+    name, job = interrupted
+    ranks, batch = (3, 4) if name in ("async_sgd", "delayed_averaging") else (4, 2)
+    options = {**COMMON, "strategy": name, "ranks": ranks, "batch": batch, "resume": str(job.out / "sigterm.ckpt")}
+    resumed = launch(tmp_path, options).wait()
+    assert resumed.process.returncode == 0, resumed.output
+    assert sorted(seen(job[0]) + seen(resumed[0])) == sorted(list(range(SAMPLES)) * EPOCHS)
+    assert all(rank["weights"] == resumed[0][0]["weights"] for rank in resumed[0].values())
+    assert resumed[0][0]["metrics"]["val_acc"] >= 0.9
+    if name == "sync_ddp":  # float64: what differs from one process without interruption is the order of a sum
+        _, whole = run(Options(**{**COMMON, "ranks": 1, "batch": 8, "sleep_s": 0, "out": os.devnull}), "auto")
+        assert resumed[0][0]["weights"] == pytest.approx(digest(whole), abs=1e-12)
