@@ -34,9 +34,7 @@ def erase(image: Shaped[Tensor, "b c h w"], boxes: Int64[Tensor, "b 4"], fill: S
     return torch.where(_inside(boxes, (image.shape[2], image.shape[3]))[:, None], fill, image)
 
 
-def noise_inside(
-    key: int, index: Int64[Tensor, " b"], boxes: Int64[Tensor, "b 4"], shape: tuple[int, int, int, int]
-) -> Float[Tensor, "b c h w"]:
+def noise_inside(key: int, index: Int64[Tensor, " b"], boxes: Int64[Tensor, "b 4"], shape: Sequence[int]) -> Float[Tensor, "b c h w"]:
     """Uniform numbers inside the rectangles, a function of (key, sample, pixel, channel); zero outside, where none are drawn."""
     inside = _inside(boxes, shape[2:])[:, None].expand(shape).flatten(1)
     row, element = inside.nonzero(as_tuple=True)
@@ -45,7 +43,7 @@ def noise_inside(
     return result.view(shape)
 
 
-def _inside(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def _inside(boxes: Tensor, size: Sequence[int]) -> Tensor:
     """(b h w): which pixels a rectangle holds."""
     down, across = (torch.arange(n, device=boxes.device) for n in size)
     top, left, bottom, right = (boxes[:, side, None] for side in range(4))
