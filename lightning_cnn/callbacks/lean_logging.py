@@ -48,7 +48,7 @@ class LeanLogging(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self._latest:
             return
-        connector = trainer._logger_connector
+        connector: Any = trainer._logger_connector
         due = connector.should_update_logs and not trainer.fit_loop._should_accumulate()
         if due or trainer.is_last_batch:
             connector._callback_metrics.update({name: torch.as_tensor(value) for name, (value, _, _) in self._latest.items()})
