@@ -1,23 +1,29 @@
 """One bit against float32 and int8: convolutions of ResNet-18, and the whole network, bit-packed, on this CPU.
 
-python benchmarks/binary.py [--quick] [--json FILE]; packing the float input is part of our time.
+python benchmarks/binary.py [--quick] [--json FILE] [--threads 1] [--only layers|batches|network|limit]
+
+Packing the float input is part of our time. `limit` compares the kernel alone with what the vector ports could do at most.
 """
 
 import argparse
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from _bench import Row, compare, interleave, medians, missing, report, seconds
+from _bench import Row, compare, interleave, medians, missing, report
+from numba import njit
 from torch import nn
 
-from lightning_cnn.kernels.xnor import prefers_tables
+from lightning_cnn.kernels.bits import Floats, Geometry
+from lightning_cnn.kernels.bits import pack as pack_signs
+from lightning_cnn.kernels.xnor import convolve, panels, prefers_tables
 from lightning_cnn.nn import pack
 from lightning_cnn.precision import xnor_net
 
 SHAPES = [(64, 56), (128, 28), (256, 14), (512, 7)]
-BATCHES = (1, 8)
+PRODUCTS_A_CYCLE = 341  # 9 vector instructions do 768, on four ports
 
 
 def layer_rows(channels: int, size: int, batch: int, threads: int, n: int) -> list[Row]:
@@ -76,22 +82,75 @@ def best_float(row: str, times: dict[str, float], n: int, bar: float) -> Row:
 
 
 def timed(functions: dict, n: int) -> dict[str, float]:
-    interleave({name: lambda f=f: seconds(f) for name, f in functions.items()}, 3)
-    return {name: 1e3 * t for name, t in medians(interleave({k: lambda f=f: seconds(f) for k, f in functions.items()}, n)).items()}
+    interleave({name: lambda f=f: took(f) for name, f in functions.items()}, 3)
+    return {name: 1e3 * t for name, t in medians(interleave({k: lambda f=f: took(f) for k, f in functions.items()}, n)).items()}
 
 
-if __name__ == "__main__":
+def took(function) -> float:
+    """Seconds; of one thread its processor time, which a busy neighbour does not change."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    function()
+    return clock() - start
+
+
+def limit_rows(n: int) -> list[Row]:
+    """The convolution of packed words alone, as a share of the port limit (see the kernel)."""
+    rows = []
+    for channels, size in SHAPES:
+        geometry = Geometry(channels, 3, 3, padding_h=1, padding_w=1)
+        panel = panels(torch.randn(channels, channels, 3, 3).numpy() < 0)
+        words = pack_signs(torch.randn(1, size, size, channels).numpy(), True)
+        finish = Floats(np.ones((4, channels), np.float32))
+        work = {"packed": lambda w=words, p=panel, c=channels, g=geometry, f=finish: convolve(w, p, c, g, f)}
+        took = timed(work, n)["packed"] / 1e3
+        products = size * size * channels * channels * 9 / took / 1e9
+        most = PRODUCTS_A_CYCLE * cycles_a_second() / 1e9
+        row = f"packed words 3x3 {channels}x{size}x{size}, share of the port limit"
+        rows.append(compare(row, "AVX2 look-ups at most", products, most, "G/s", larger_is_better=True, n=n))
+    return rows
+
+
+def cycles_a_second() -> float:
+    """The clock under load: a chain of dependent additions, one a cycle."""
+    count = 20_000_000
+    chain(1000)
+    return max(count / took(lambda: chain(count)) for _ in range(5))
+
+
+@njit
+def chain(count):
+    # a step of xorshift is six dependent instructions of one cycle each, which no compiler shortens
+    x = np.uint64(88172645463325252)
+    for _ in range(count // 6):
+        x ^= x << np.uint64(13)
+        x ^= x >> np.uint64(7)
+        x ^= x << np.uint64(17)
+    return x
+
+
+def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=("layers", "batches", "network", "limit"))
     arguments = parser.parse_args()
     n, rows, start = (20 if arguments.quick else 100), [], time.perf_counter()
     print(f"kernel: {'AVX2 table look-ups' if prefers_tables() else 'vector popcount'}")
+    torch.set_num_threads(arguments.threads)
     with torch.inference_mode():
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            for batch in BATCHES:
-                rows += [row for shape in SHAPES for row in layer_rows(*shape, batch, threads, n if batch == 1 else n // 5)]
-            rows.append(network_row(threads, n // 5))
+        if arguments.only in (None, "layers"):
+            rows += [row for shape in SHAPES for row in layer_rows(*shape, 1, arguments.threads, n)]
+        if arguments.only in (None, "batches"):
+            rows += [row for shape in SHAPES for row in layer_rows(*shape, 8, arguments.threads, n // 5)]
+        if arguments.only in (None, "network"):
+            rows.append(network_row(arguments.threads, n // 5))
+        if arguments.only in (None, "limit") and prefers_tables():
+            rows += limit_rows(n)
     report(rows, arguments.json)
     print(f"{time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,9 @@
 """Convolutions: `auto` against torch in both memory layouts, by layer and by network, for inference and for training.
 
-python benchmarks/convolutions.py [--quick] [--json FILE] [--threads 1] [--only layers|depthwise|networks|training|memory|error]
+python benchmarks/convolutions.py [--quick] [--json FILE] [--threads 1] [--only layers|depthwise|networks|training|memory|error|peers]
+    [--network vgg16] [--layers 0:8]
+
+A group ends within about 90 s where networks are taken one by one and layers some at a time.
 """
 
 import argparse
@@ -80,9 +83,10 @@ def versus_stock(name: str, model: nn.Module, x: torch.Tensor, work, n: int, bar
     return [compare(name, label, times["ours"] * 1e3, theirs * 1e3, "ms", larger_is_better=False, bar=bar, n=n)]
 
 
-def layers(quick: bool, threads: int) -> list[Row]:
-    rows = []
-    for b, c, k, size, kernel, stride, groups in LAYERS[:: 6 if quick else 1]:
+def layers(options: argparse.Namespace) -> list[Row]:
+    rows, quick = [], options.quick
+    begin, end = (int(number) if number else None for number in options.layers.split(":"))
+    for b, c, k, size, kernel, stride, groups in LAYERS[begin : end : 6 if quick else 1]:
         name = f"layer {b}x{c}x{size} {kernel}x{kernel}/{stride}" + (" depthwise" if groups > 1 else f" to {k}")
         x = torch.randn(b, c, size, size)
         bar = 8.0 if kernel == 31 and groups == 1 else 0.98
@@ -90,8 +94,8 @@ def layers(quick: bool, threads: int) -> list[Row]:
     return rows
 
 
-def depthwise(quick: bool, threads: int) -> list[Row]:
-    rows = []
+def depthwise(options: argparse.Namespace) -> list[Row]:
+    rows, quick = [], options.quick
     for b, c, size, kernel, bar in DEPTHWISE[:1] if quick else DEPTHWISE:
         x = torch.randn(b, c, size, size, requires_grad=True)
         name = f"train depthwise {b}x{c}x{size} {kernel}x{kernel}"
@@ -100,9 +104,10 @@ def depthwise(quick: bool, threads: int) -> list[Row]:
     return rows + ([] if quick else versus_stock("train dense 1x16x64 31x31", layer_of(16, 16, 31, 1, 1), x, train, 9, 8.0))
 
 
-def networks(quick: bool, threads: int) -> list[Row]:
-    rows = []
-    for name, bars in list(NETWORKS.items())[:2] if quick else NETWORKS.items():
+def networks(options: argparse.Namespace) -> list[Row]:
+    rows, quick, threads = [], options.quick, options.threads
+    chosen = {options.network: NETWORKS[options.network]} if options.network else NETWORKS
+    for name, bars in list(chosen.items())[:2] if quick else chosen.items():
         for batch in (1,) if quick else (1, 8) if name == "resnet18" else (1,):
             model = getattr(torchvision.models, name)().eval()
             x = torch.randn(batch, 3, 224, 224)
@@ -110,22 +115,25 @@ def networks(quick: bool, threads: int) -> list[Row]:
     return rows
 
 
-def training(quick: bool, threads: int) -> list[Row]:
-    rows = []
-    for name, batch in [("resnet18", 4), ("convnext_tiny", 2)][: 1 if quick else 2]:
+def training(options: argparse.Namespace) -> list[Row]:
+    rows, quick = [], options.quick
+    chosen = [(name, batch) for name, batch in (("resnet18", 4), ("convnext_tiny", 2)) if options.network in (None, name)]
+    for name, batch in chosen[: 1 if quick else 2]:
         model, x = getattr(torchvision.models, name)(), torch.randn(batch, 3, 224, 224)
         rows += versus_stock(f"train {name}, batch {batch}", model, x, train, 3 if quick else 5, 0.98)
     return rows
 
 
-def memory(quick: bool, threads: int) -> list[Row]:
+def memory(options: argparse.Namespace) -> list[Row]:
     """Peak memory of one layer beyond a process that only holds its input, each algorithm in a process of its own."""
-    peaks = {name: _peak_mb(name) for name in (("default", "im2col") if quick else [name for name in NAMES if name != "depthwise"])}
+    peaks = {
+        name: _peak_mb(name) for name in (("default", "im2col") if options.quick else [name for name in NAMES if name != "depthwise"])
+    }
     layer = "memory beyond the input, 8x64x56 3x3"
     return [compare(f"{layer} {name}", "torch", mb, peaks["default"], "MB", larger_is_better=False, n=1) for name, mb in peaks.items()]
 
 
-def error(quick: bool, threads: int) -> list[Row]:
+def error(options: argparse.Namespace) -> list[Row]:
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for name in NAMES:
@@ -184,15 +192,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     sections = {f.__name__: f for f in (layers, depthwise, networks, training, memory, error)}
     parser.add_argument("--only", choices=[*sections, "peers"])
+    parser.add_argument("--network", choices=[*NETWORKS], help="this network alone")
+    parser.add_argument("--layers", default=":", help="these rows of LAYERS alone, as begin:end")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    rows = [
-        row
-        for name, section in sections.items()
-        if arguments.only in (None, name)
-        for row in section(arguments.quick, arguments.threads)
-    ]
+    rows = [row for name, section in sections.items() if arguments.only in (None, name) for row in section(arguments)]
     for row in rows:
         row.row += f", {arguments.threads} thread" + "s" * (arguments.threads > 1)
     report(rows + (peers() if arguments.only in (None, "peers") else []), arguments.json)

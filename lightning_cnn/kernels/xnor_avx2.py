@@ -13,6 +13,7 @@ do 85, and float32 FMA 16.
 A 17th table, all 2, stands for zero padding: 2 of 4 bits differ, so its sum of +-1 is 0.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -293,6 +294,7 @@ def convolve(
     return floats if isinstance(finish, Floats) else bits
 
 
+@lru_cache(1024)  # making them anew cost a 512x7x7 layer 0.1 of its 0.4 ms
 def _offsets(geometry: Geometry, quads: int, columns: int, steps: int) -> np.ndarray:
     """Bytes from a pixel's first input to the input of each step; padded steps look anywhere, as their weights are `SKIP`."""
     y, x = np.arange(geometry.kernel_h) * geometry.dilation_h, np.arange(geometry.kernel_w) * geometry.dilation_w
