@@ -17,7 +17,7 @@ import torch
 from xxhash import xxh3_64_intdigest
 
 with atheris.instrument_imports(include=["lightning_cnn", "zipfile", "tarfile", "torch._weights_only_unpickler"]):
-    import tarfile  # noqa: F811
+    import tarfile
     import zipfile  # noqa: F401
 
     import torch._weights_only_unpickler
