@@ -48,11 +48,12 @@ def step(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, storage
     def key(stream: str) -> int:
         return counter.key(seed, "rounding", stream, step)
 
-    moments = (_moment(state, name, key(f"{stream}/{name}")) for name in ("exp_avg", "exp_avg_sq"))
+    mean, square = (_moment(state, name, key(f"{stream}/{name}")) for name in ("exp_avg", "exp_avg_sq"))
     adamw.step(
         _words(parameter.detach()),
         _words(parameter.grad.to(torch.bfloat16).contiguous()),  # pyright: ignore[reportOptionalMemberAccess]
-        *moments,
+        mean,
+        square,
         key(stream),
         _rule(group, float(state["step"])),
         torch.get_num_threads(),

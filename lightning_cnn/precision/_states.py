@@ -45,7 +45,7 @@ class Packed:
         """As float32 in the shape of `like`."""
         if self.codes.device.type == "cpu":
             out = torch.empty(like.shape)
-            eight_bits.unpack(*(t.numpy() for t in (self.codes, self.exponents, self.unsigned)), out.numpy().reshape(-1))
+            eight_bits.unpack(self.codes.numpy(), self.exponents.numpy(), self.unsigned.numpy(), out.numpy().reshape(-1))
             return out
         signed, unsigned = (self.codes.view(kind).float() for kind in (torch.float8_e4m3fn, torch.float8_e5m2))
         value = torch.where(self.unsigned[:, None], unsigned, signed) * _power_of_two(self.exponents)[:, None]
@@ -123,9 +123,10 @@ def put_away(whole: dict[str, Any], state: dict[str, Any], piece: Piece, storage
 
 
 def _stored(place: Any, value: Tensor, piece: Piece, storage: str, key: dict[str, Any]) -> Any:
-    if not isinstance(place, Packed if storage == "8bit" else Tensor) or (storage == "bf16" and place.dtype != torch.bfloat16):
+    kind: Any = Packed if storage == "8bit" else Tensor
+    if not isinstance(place, kind) or (storage == "bf16" and place.dtype != torch.bfloat16):
         place = empty(piece.parameter, storage)
-    if storage == "8bit":
+    if isinstance(place, Packed):
         place.blocks(piece.first, value.numel()).pack(value, **key)
         return place
     part = piece.of(place)
