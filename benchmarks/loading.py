@@ -325,7 +325,8 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="prepare the pictures and stop")
     options = parser.parse_args()
     folder = Path(options.data or tempfile.mkdtemp())
-    if not (folder / "ready").exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "ready").exists() and (options.prepare or set(options.only) - {"opened"}):
         jpegs(folder, 400 if options.quick else 2000)
         packed(folder)
         peers_data(folder)

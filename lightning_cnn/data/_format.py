@@ -24,6 +24,7 @@ from xxhash import xxh3_64_intdigest
 from lightning_cnn.errors import DataError
 from lightning_cnn.files import replacing
 from lightning_cnn.kernels.checksum import SHORT, first_wrong
+from lightning_cnn.kernels.index import first_impossible
 
 MAGIC, VERSION, PAGE = b"LCNNPACK", 1, 4096
 CODECS = ("raw", "jpeg")
@@ -116,19 +117,12 @@ class Packed:
         return metadata
 
     def _check_index(self) -> None:
-        """Every sample lies inside the payload and, if raw, is as long as its picture; one vectorised pass."""
-        h, index = self.header, self.index
-        length = index["length"].astype(np.uint64)
-        end = np.uint64(h.payload_offset + h.payload_bytes)
-        bad = (index["offset"] < h.payload_offset) | (index["offset"] > end) | (length > end - np.minimum(index["offset"], end))
-        bad |= (length == 0) | (index["height"] == 0) | (index["width"] == 0)
-        if self.codec == "raw":
-            bad |= length != index["height"].astype(np.uint64) * index["width"] * np.uint64(h.channels)
-        if h.height:
-            bad |= (index["height"] != h.height) | (index["width"] != h.width)
-        if bad.any():
-            first = int(bad.argmax())
-            self._fail(f"index entry {first} is impossible: {index[first]}", h.index_offset + first * INDEX.itemsize)
+        """Every sample lies inside the payload and, if raw, is as long as its picture."""
+        h, words = self.header, self.index.view("<u8").reshape(-1, INDEX.itemsize // 8)
+        numbers = (h.payload_offset, h.payload_offset + h.payload_bytes, h.channels, h.codec == 0, h.height, h.width)
+        first = first_impossible(words, *map(np.uint64, numbers))
+        if first >= 0:
+            self._fail(f"index entry {first} is impossible: {self.index[first]}", h.index_offset + first * INDEX.itemsize)
 
     def _fail(self, what: str, offset: int) -> None:
         raise DataError(f"{self.path}: damaged at byte {offset}: {what}. Pack the source again, or fetch the file again.")
