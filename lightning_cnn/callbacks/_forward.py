@@ -26,14 +26,14 @@ class Wrapped:
         return forward(*args, **kwargs)
 
 
-def wrap(module: nn.Module, owner: object, around: Around) -> None:
+def wrap(module: nn.Module, owner: object, around: Around, *, innermost: bool = False) -> None:
     """Let calls of `module` go through `around(forward, *args)` until `unwrap`."""
     installed = module.__dict__.get("forward")
     if not isinstance(installed, Wrapped):
         installed = Wrapped(module)
         module.__dict__["forward"] = installed
     if not any(other is owner for other, _ in installed.around):
-        installed.around.append((owner, around))
+        installed.around.insert(0 if innermost else len(installed.around), (owner, around))
 
 
 def unwrap(module: nn.Module, owner: object) -> None:

@@ -64,6 +64,11 @@ class View:
         """The layers that are random in testing, by name."""
         return {}
 
+    @property
+    def inside(self) -> bool:
+        """Whether members differ inside of the network, so that one frozen copy of it cannot answer for them all."""
+        return type(self).weights is not View.weights or type(self).layers is not View.layers
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.count})"
 

@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from lightning_cnn.callbacks import _changes
 from lightning_cnn.callbacks._forward import unwrap, wrap
 from lightning_cnn.callbacks._trials import Trial, timed
+from lightning_cnn.callbacks.evaluation_report import EvaluationReport
+from lightning_cnn.callbacks.marginalize import Marginalize
+from lightning_cnn.callbacks.snapshot_ensemble import SnapshotEnsemble
+from lightning_cnn.callbacks.temperature_scaling import TemperatureScaling
 from lightning_cnn.errors import ConfigurationError, LightningCNNError, NoEffectWarning, raise_all
 from lightning_cnn.nn.low_bit import LowBitConv2d
 from lightning_cnn.nn.pack import pack
@@ -39,6 +43,9 @@ class FastInference(Callback):
     Attributes:
         trials: What was tried, with its times.
         error: Largest difference of the first batch's output, over the largest output.
+
+    Raises:
+        ConfigurationError: at `setup`, beside callbacks whose members differ inside of the network: the copy would answer for all.
     """
 
     def __init__(
@@ -55,11 +62,16 @@ class FastInference(Callback):
         self._fast: Callable[..., Any] | None = None
         self._target: nn.Module | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        raise_all(_members_inside(trainer), ConfigurationError)
+
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             return
-        self._target, self._fast, self.trials = self._place(pl_module), None, []
-        wrap(self._target, self, self._answer)
+        target = self._place(pl_module)
+        raise_all(_wrapped_inside(trainer, pl_module, target), ConfigurationError)
+        self._target, self._fast, self.trials = target, None, []
+        wrap(target, self, self._answer, innermost=True)  # views and temperatures of the same module go around the copy
 
     on_validation_start = on_predict_start = on_test_start
 
@@ -119,6 +131,34 @@ class FastInference(Callback):
         if self._target is not None:
             unwrap(self._target, self)
         self._target = self._fast = None
+
+
+def _members_inside(trainer: Trainer) -> list[str]:
+    """Callbacks that let the network answer with other weights or with noise inside it, batch by batch."""
+    found: list[tuple[str, str]] = []
+    for other in vars(trainer)["callbacks"]:
+        if isinstance(other, SnapshotEnsemble) and other.answer:
+            found.append(("SnapshotEnsemble", "its members"))
+        views = other.views if isinstance(other, Marginalize) else []
+        views = [view for row in other.compare.values() for view in row] if isinstance(other, EvaluationReport) else views
+        found += [(type(other).__name__, repr(view)) for view in views if view.inside]
+    return [
+        f"{name} averages over {what}, which differ inside of the network; FastInference's one copy would answer for all of them, "
+        "without the difference. Leave FastInference out (speed=null), or test without these members."
+        for name, what in found
+    ]
+
+
+def _wrapped_inside(trainer: Trainer, pl_module: LightningModule, target: nn.Module) -> list[str]:
+    """Callbacks that work on a part of what the copy stands for."""
+    parts = {id(module) for module in target.modules()} - {id(target)}
+    return [
+        f"{type(other).__name__}(module={other.module!r}) works inside of the part that FastInference answers for. "
+        f"Give both the same module, or FastInference a smaller one."
+        for other in vars(trainer)["callbacks"]
+        if isinstance(other, Marginalize | TemperatureScaling) and other.module
+        if id(pl_module.get_submodule(other.module)) in parts
+    ]
 
 
 def _unfit(name: str, network: Any, device: torch.device) -> str:

@@ -1,12 +1,25 @@
 """A faster copy answers, agrees with the network, and is gone afterwards."""
 
+import itertools
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_cnn.callbacks import FastInference
+from lightning_cnn.callbacks import (
+    Augmented,
+    Ensemble,
+    EvaluationReport,
+    FastInference,
+    HorizontalFlip,
+    Marginalize,
+    MCBatchNorm,
+    MCDropout,
+    NetworkNoise,
+    SnapshotEnsemble,
+)
 from lightning_cnn.errors import ConfigurationError, NoEffectWarning
 
 
@@ -29,18 +42,19 @@ class Net(LightningModule):
 IMAGES = [torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(2)]
 
 
-def predicted(callback, model):
+def predicted(callback, model, *more):
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return torch.cat(
-        Trainer(accelerator="cpu", callbacks=[callback] if callback else [], **quiet).predict(
-            model, DataLoader(IMAGES, batch_size=None)
-        )
-    )
+    callbacks = [one for one in (callback, *more) if one]
+    return torch.cat(Trainer(accelerator="cpu", callbacks=callbacks, **quiet).predict(model, DataLoader(IMAGES, batch_size=None)))
 
 
-def test_a_folded_copy_answers_and_the_network_stays(monkeypatch):
+@pytest.fixture
+def folding_pays(monkeypatch):
+    seconds = itertools.cycle([2.0, 1.0])  # the network, and its folded copy
     monkeypatch.setattr("lightning_cnn.callbacks.fast_inference.timed", lambda run, device: [next(seconds)])
-    seconds = iter([2.0, 1.0])  # the network, and its folded copy
+
+
+def test_a_folded_copy_answers_and_the_network_stays(folding_pays):
     model, callback = Net(), FastInference(switches=["folded"])
     plain = predicted(None, model)
     calls = []
@@ -52,9 +66,7 @@ def test_a_folded_copy_answers_and_the_network_stays(monkeypatch):
     assert "forward" not in vars(model.net)
 
 
-def test_a_copy_that_disagrees_is_refused(monkeypatch):
-    monkeypatch.setattr("lightning_cnn.callbacks.fast_inference.timed", lambda run, device: [next(seconds)])
-    seconds = iter([2.0, 1.0])
+def test_a_copy_that_disagrees_is_refused(monkeypatch, folding_pays):
     monkeypatch.setattr("lightning_cnn.callbacks.fast_inference._made", lambda name, net, best: (net, lambda x: best(x) * 1.1))
     model, callback = Net(), FastInference(switches=["folded"])
     with pytest.warns(NoEffectWarning, match="changed nothing"):
@@ -70,6 +82,54 @@ def test_what_cannot_be_used_is_named_with_the_reason():
     predicted(callback, model)
     assert str(callback.trials[0]) == "packed needs 1-bit layers"
     assert str(callback.trials[1]).startswith("folded cannot be used: Sequential has no batch norm")
+
+
+MEMBERS = {
+    "MCDropout": lambda: Marginalize(views=["flip", MCDropout(2)]),
+    "MCBatchNorm": lambda: Marginalize(views=[MCBatchNorm(2, data=IMAGES)]),
+    "Ensemble": lambda: Marginalize(views=[Ensemble([__file__])]),  # which is never read
+    "SnapshotEnsemble": SnapshotEnsemble,
+    "EvaluationReport": lambda: EvaluationReport(compare={"mc": [MCDropout(2)]}),
+}
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_members_that_differ_inside_of_the_network_are_refused_in_both_orders(name, first):
+    """One copy would answer for all of them, without the noise and with one member's weights."""
+    model = Net()
+    model.net.insert(4, nn.Dropout(0.5))
+    one, other = (FastInference(), MEMBERS[name]()) if first else (MEMBERS[name](), FastInference())
+    with pytest.raises(ConfigurationError, match=rf"{name}.*would answer for all of them"):
+        predicted(one, model, other)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("module", [None, "net"])
+def test_views_of_the_picture_go_around_the_copy_in_both_orders(module, first, folding_pays):
+    views = lambda: Marginalize(views=[HorizontalFlip(), Augmented(2, augment=[])], module=module)  # noqa: E731
+    slow, model, callback = predicted(views(), Net()), Net(), FastInference(switches=["folded"])
+    fast = predicted(callback, model, views()) if first else predicted(views(), model, callback)
+    assert callback.trials[0].kept
+    assert torch.allclose(fast, slow, atol=1e-5)
+    assert not torch.allclose(fast, predicted(None, Net()).log_softmax(-1), atol=1e-5)
+
+
+def test_a_view_that_wraps_a_part_of_the_copied_part_is_refused():
+    model = Net()
+    model.outer = nn.Sequential(model.net)
+    del model.net
+    model.forward = lambda image: model.outer(image)
+    with pytest.raises(ConfigurationError, match=r"Marginalize\(module='outer.0'\) works inside"):
+        predicted(FastInference(), model, Marginalize(views=["flip"], module="outer.0"))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_noise_of_training_is_off_in_the_copy_as_in_the_network(first, folding_pays):
+    noise, callback = NetworkNoise(dropout=0.5, dropconnect=0.5), FastInference(switches=["folded"])
+    fast = predicted(callback, Net(), noise) if first else predicted(noise, Net(), callback)
+    assert callback.trials[0].kept
+    assert torch.allclose(fast, predicted(None, Net()), atol=1e-5)
 
 
 def test_wrong_arguments_are_named_together():
