@@ -5,6 +5,7 @@ by a callable source and run by the one thread that iterates, so an abandoned pa
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from lightning_cnn.data._images import PackedImages
 from lightning_cnn.data._lanes import Augment
 from lightning_cnn.data._loader import CountedLoader
 from lightning_cnn.data._order import Order
+from lightning_cnn.data._remote import Ahead
 from lightning_cnn.errors import ConfigurationError, DataError
 from lightning_cnn.functional import counter
 from lightning_cnn.functional.batch import Batch
@@ -36,6 +38,7 @@ class Stored(Protocol):
     def read(self, index: int) -> np.ndarray: ...
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
     def name(self, index: int) -> str: ...
+    def fetched(self, plan: Sequence[np.ndarray]) -> AbstractContextManager[Ahead | None]: ...
 
 
 class PackedStored:
@@ -57,6 +60,9 @@ class PackedStored:
         file, position = self._images.locate(index)
         return f"{file.path}, sample {position}"
 
+    def fetched(self, plan: Sequence[np.ndarray]) -> AbstractContextManager[Ahead | None]:
+        return self._images.fetched(plan, [1] * len(plan))
+
 
 class DALILoader(CountedLoader):
     """Batches of a DALI pipeline; `device_id=None` runs it on the CPU."""
@@ -70,22 +76,27 @@ class DALILoader(CountedLoader):
         self._labels = torch.from_numpy(stored.labels)
 
     def _load(self, epoch: int, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
-        pipeline = self._pipeline(epoch, plan)
-        for drawn in plan:
-            indices = drawn % len(self._labels)
-            try:
-                (output,) = pipeline.run()
-            except RuntimeError as error:
-                raise self._named(plan, error) from error
-            index = torch.from_numpy(indices)
-            yield Batch(self._tensor(output), self._labels[index], index)
+        with self._stored.fetched(plan) as ahead:
+            pipeline = self._pipeline(epoch, plan, ahead)
+            for drawn in plan:
+                indices = drawn % len(self._labels)
+                try:
+                    (output,) = pipeline.run()
+                except RuntimeError as error:
+                    raise self._named(plan, error) from error
+                index = torch.from_numpy(indices)
+                yield Batch(self._tensor(output), self._labels[index], index)
 
-    def _pipeline(self, epoch: int, plan: Sequence[np.ndarray]) -> Any:
+    def _pipeline(self, epoch: int, plan: Sequence[np.ndarray], ahead: Ahead | None) -> Any:
         dali = _dali()
 
         def feed(info: Any) -> tuple[list[np.ndarray], ...]:
             if info.iteration >= len(plan):
                 raise StopIteration
+            if ahead is not None:
+                if info.iteration:
+                    ahead.done(info.iteration - 1)  # DALI has copied what it was fed before
+                ahead.wait(info.iteration)
             return self._inputs(epoch, plan[info.iteration])
 
         @dali.pipeline_def(

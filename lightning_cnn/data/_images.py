@@ -1,7 +1,9 @@
 """`PackedImages`: packed files as a map-style dataset for anyone's DataLoader."""
 
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from xxhash import xxh3_64_intdigest
 
-from lightning_cnn.data import _jpeg
+from lightning_cnn.data import _jpeg, _shards
 from lightning_cnn.data._format import Packed
-from lightning_cnn.data._remote import RemoteShards, expand, is_url
+from lightning_cnn.data._remote import Ahead, RemoteShards, is_url
 from lightning_cnn.errors import ConfigurationError, DataError
 from lightning_cnn.kernels.checksum import SHORT, first_wrong
 
@@ -24,9 +27,9 @@ class PackedImages(Dataset):
     """(uint8 tensor (3 h w), label) from one packed file, or from several shards in the order given.
 
     `verify="sample"` compares each sample with its checksum the first time this process reads it, `"open"` only header, index and
-    metadata, and `"off"` the header alone. `path` may be a list, or a pattern such as `train-*.pack`. It may be at any URL that fsspec
-    reads (`s3://bucket/train-*.pack`): then shards are fetched when they are needed into `cache_folder`, `cache_gb` at most, and every
-    sample is checked when it arrives.
+    metadata, and `"off"` the header alone. `path` may be a list, or a pattern such as `train-*.pack`, which must find every shard. It may
+    be at any URL that fsspec reads (`s3://bucket/train-*.pack`): then shards are fetched when they are needed into `cache_folder`,
+    `cache_gb` at most for each process that reads, and every sample is checked when it arrives.
     """
 
     def __init__(
@@ -39,21 +42,17 @@ class PackedImages(Dataset):
     ) -> None:
         if verify not in ("open", "sample", "off"):
             raise ConfigurationError(f"verify must be 'open', 'sample' or 'off', got {verify!r}.")
-        self._paths, self._verify = _expand(path), verify
-        self.remote: RemoteShards | None = None
-        if any(map(is_url, self._paths)):
+        paths = _shards.expand(path)
+        self._again = {"path": paths, "verify": verify, "cache_folder": cache_folder, "cache_gb": cache_gb}
+        self._remote: RemoteShards | None = None
+        if any(map(is_url, paths)):
             folder = Path(cache_folder or Path(tempfile.gettempdir()) / "lightning_cnn_shards")
-            self.remote = RemoteShards([str(path) for path in self._paths], folder, int(cache_gb * 1e9))
-            self._paths = list(self.remote.paths)
-        self._open()
-
-    def _open(self) -> None:
-        self.files = [Packed(path, verify=self._verify != "off") for path in self._paths]
-        _check_alike(self.files)
-        lengths = [len(file.index) for file in self.files]
-        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+            self._remote = RemoteShards([str(path) for path in paths], folder, int(cache_gb * 1e9))
+        self.files = [Packed(path, verify=verify != "off") for path in (self._remote.paths if self._remote else paths)]
+        _shards.check(path, paths, self.files)
+        self.starts = np.concatenate([[0], np.cumsum([len(file.index) for file in self.files])])
         self.labels = np.concatenate([file.index["label"] for file in self.files])
-        self._checked = np.full(len(self.labels), self._verify != "sample" or self.remote is not None)
+        self._checked = np.full(len(self.labels), verify != "sample" or self._remote is not None)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -84,6 +83,18 @@ class PackedImages(Dataset):
         shape = shapes.pop()
         return None if shapes or shape == (0, 0) else shape
 
+    @property
+    def fingerprint(self) -> int:
+        """Of every sample and their order, as the checksums of the indices tell it."""
+        return xxh3_64_intdigest(np.array([file.header.index_checksum for file in self.files], "<u8").tobytes()) >> 1
+
+    @property
+    def remote(self) -> RemoteShards | None:
+        """What fetches shards; a process that was forked off begins anew, with a folder of its own."""
+        if self._remote is not None and self._remote.process != os.getpid():
+            self.__setstate__(self.__getstate__())
+        return self._remote
+
     def locate(self, index: int) -> tuple[Packed, int]:
         """The file that holds a sample, and its position there."""
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -97,9 +108,15 @@ class PackedImages(Dataset):
 
     def bring(self, shards: Iterable[int]) -> None:
         """Fetch those of some files that are not here."""
-        if self.remote is not None:
+        remote = self.remote
+        if remote is not None:
             for shard in shards:
-                self.remote.require(int(shard))
+                remote.require(int(shard))
+
+    def fetched(self, plan: Sequence[np.ndarray], parts: Sequence[int]) -> AbstractContextManager[Ahead | None]:
+        """Fetch ahead for batches of these samples, each of which is read in so many parts."""
+        remote = self.remote
+        return nullcontext() if remote is None else remote.passing([self.shards(indices) for indices in plan], parts)
 
     def by_file(self, indices: np.ndarray) -> Iterator[tuple[Packed, np.ndarray, np.ndarray]]:
         """(file, positions within `indices`, index entries) for each file that holds some of them."""
@@ -163,32 +180,7 @@ class PackedImages(Dataset):
         return pixels, place
 
     def __getstate__(self) -> dict[str, Any]:
-        self.bring(range(len(self.files)))  # another process reads the local files
-        return {"_paths": self._paths, "_verify": self._verify, "remote": None}
+        return self._again  # another process opens the files itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
-
-
-def _expand(path: str | Path | Sequence[str | Path]) -> list[str | Path]:
-    given = [path] if isinstance(path, str | Path) else list(path)
-    paths = [found for item in given for found in _found(item)]
-    if not paths:
-        raise DataError("No packed file was named.")
-    if len({is_url(path) for path in paths}) > 1:
-        raise ConfigurationError("Shards of one dataset are either all at URLs or all in files.")
-    return paths
-
-
-def _found(item: str | Path) -> Sequence[str | Path]:
-    if is_url(item):
-        return expand(str(item))
-    return sorted(Path(item).parent.glob(Path(item).name)) or [Path(item)]
-
-
-def _check_alike(files: list[Packed]) -> None:
-    first = files[0]
-    for file in files[1:]:
-        if (file.codec, file.metadata.get("classes")) != (first.codec, first.metadata.get("classes")):
-            raise DataError(f"{file.path} and {first.path} differ in codec or classes: they are not shards of one dataset.")
+        self.__init__(**state)

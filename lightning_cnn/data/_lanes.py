@@ -7,7 +7,6 @@ ranks change no pixel.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -25,7 +24,6 @@ from lightning_cnn.functional import counter
 from lightning_cnn.functional.batch import Batch
 from lightning_cnn.kernels import resample
 
-BROUGHT = 256  # pictures at a time
 Crop = Literal["resized", "padded", "center"]
 
 
@@ -138,7 +136,7 @@ class PackedLoader(CountedLoader):
 
     def _load(self, epoch: int, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="lane")
-        with pool, self._fetched(plan) as ahead:
+        with pool, self._lane.images.fetched(plan, [len(self._parts(indices)) for indices in plan]) as ahead:
             jobs = (self._start(pool, ahead, number, epoch, indices) for number, indices in enumerate(plan))
             begun = deque(islice(jobs, self._ahead))
             try:
@@ -171,37 +169,3 @@ class PackedLoader(CountedLoader):
         self._lane.fill(epoch, indices, out)
         if ahead is not None:
             ahead.done(number)
-
-    def _fetched(self, plan: Sequence[np.ndarray]) -> AbstractContextManager[Ahead | None]:
-        images = self._lane.images
-        if images.remote is None:
-            return nullcontext()
-        return images.remote.passing([images.shards(indices) for indices in plan], [len(self._parts(indices)) for indices in plan])
-
-
-class ResidentLoader(CountedLoader):
-    """Batches of stored pictures that all live on `device`, where they are brought once."""
-
-    def __init__(self, images: PackedImages, order: Order, device: torch.device) -> None:
-        super().__init__(order)
-        self._lane, self._device = GatherLane(images), device
-        self._labels = torch.from_numpy(images.labels).to(device)
-        self._store: torch.Tensor | None = None
-
-    def _load(self, epoch: int, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
-        if self._store is None:
-            self._store = self._brought()
-        for indices in plan:
-            index = torch.from_numpy(indices % len(self._labels)).to(self._device)
-            yield Batch(self._store[index].permute(0, 3, 1, 2), self._labels[index], index)
-
-    def _brought(self) -> torch.Tensor:
-        samples, shape = len(self._labels), (*self._lane.shape, 3)
-        store = torch.empty((samples, *shape), dtype=torch.uint8, device=self._device)
-        for begin in range(0, samples, BROUGHT):
-            indices = np.arange(begin, min(begin + BROUGHT, samples))
-            part = np.empty((len(indices), *shape), np.uint8)
-            self._lane.images.bring(self._lane.images.shards(indices))
-            self._lane.fill(0, indices, part)
-            store[begin : begin + len(indices)] = torch.from_numpy(part).to(self._device)
-        return store

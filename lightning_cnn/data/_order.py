@@ -26,6 +26,8 @@ Draw = Callable[[int], np.ndarray]  # from the key of an epoch to its sample ind
 class Order:
     """The order of `samples` samples, this rank's share of it, and the position in it: the epoch and the batches delivered since.
 
+    `fingerprint` says which samples they are, where that is known.
+
     `batch` goes on counting when an epoch is over; so the state after an epoch's last batch already names the next epoch, and a
     loader that a `CombinedLoader` cycles several times inside one epoch resumes where it was.
     """
@@ -37,6 +39,7 @@ class Order:
     draw: Draw | None = None
     num_replicas: int | None = None
     rank: int | None = None
+    fingerprint: int = 0
     epoch: int = 0
     batch: int = 0
 
@@ -99,18 +102,19 @@ class Order:
             self.epoch, self.batch, self._loaded = epoch, 0, {}
 
     def state_dict(self) -> dict[str, int]:
-        """Two integers that say where we are, and the three they depend on, which `start` compares."""
+        """Two integers that say where we are, and the four they depend on, which `start` compares."""
         return {"epoch": self.epoch, "batch": self.batch, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.batch, self._loaded = state["epoch"], state["batch"], dict(state)
 
     def _identity(self) -> dict[str, int]:
-        return {"seed": self.seed, "samples": self.samples, "global_batch": self.batch_size * self.place()[1]}
+        batch = self.batch_size * self.place()[1]
+        return {"seed": self.seed, "samples": self.samples, "global_batch": batch, "fingerprint": self.fingerprint}
 
     def _refuse_another_order(self) -> None:
         now, then = self._identity(), self._loaded
-        changed = [f"{name} was {then[name]} and is {now[name]}" for name in now if then[name] != now[name]]
+        changed = [f"{name} was {then[name]} and is {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
         if changed:
             raise CheckpointError(
                 f"The checkpoint stopped inside epoch {self.epoch} of another order ({', '.join(changed)}): going on would "
@@ -142,6 +146,15 @@ def windowed(lengths: Sequence[int], window: int) -> Draw:
         return np.concatenate([part[shuffle] for part, shuffle in zip(samples, shuffles, strict=True)])
 
     return draw
+
+
+def shards_at_once(lengths: Sequence[int], window: int, batch: int) -> int:
+    """Between the first and the last use of how many shards a batch may lie, if samples are shuffled among `window` shards.
+
+    A batch is `batch` neighbours of the order at most: all of it lies in one group of `window` shards, or in several beside each other.
+    """
+    smallest_group = sum(sorted(lengths)[:window])
+    return min(len(lengths), window * (1 + -(-(batch - 1) // smallest_group)))
 
 
 def balanced(labels: np.ndarray) -> Draw:

@@ -44,7 +44,7 @@ class RemoteShards:
     """
 
     def __init__(self, urls: Sequence[str], folder: Path, limit: int) -> None:
-        self.urls, self.limit = list(urls), limit
+        self.urls, self.limit, self.process = list(urls), limit, os.getpid()
         self._folder, self._lock = _own_folder(folder)
         self.paths = [self._open(url) for url in self.urls]
         self.files = [Packed(path) for path in self.paths]
@@ -115,6 +115,14 @@ class RemoteShards:
                     "them through PackedDataModule(order='windowed'), which drops what it has read."
                 )
             self.fetch(shard)
+
+    def check_room(self, most: int) -> None:
+        """Refuse an order that needs `most` bytes of shards at a time if they do not fit."""
+        if most > self.limit:
+            raise ConfigurationError(
+                f"This order reads shards of {most / 1e9:.3g} GB at a time, and the cache holds {self.limit / 1e9:.3g} GB. Raise "
+                "cache_gb, use order='windowed' with a smaller window, or pack smaller shards."
+            )
 
     @contextmanager
     def passing(self, needs: Sequence[np.ndarray], parts: Sequence[int]) -> "Iterator[Ahead]":
@@ -207,12 +215,7 @@ class Ahead:
         for shard, last in self._last.items():
             change[first[shard]] += self._shards.size(shard)
             change[last + 1] -= self._shards.size(shard)
-        most = int(change.cumsum().max(initial=0))
-        if most > self._shards.limit:
-            raise ConfigurationError(
-                f"This order reads shards of {most / 1e9:.3g} GB at a time, and the cache holds {self._shards.limit / 1e9:.3g} GB. Raise "
-                "cache_gb, use order='windowed' with a smaller window, or pack smaller shards."
-            )
+        self._shards.check_room(int(change.cumsum().max(initial=0)))
 
     def _run(self) -> None:
         try:

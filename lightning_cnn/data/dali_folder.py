@@ -1,6 +1,7 @@
 """A folder of pictures through DALI: decoded on the GPU where there is one, augmented, and exactly resumable."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -111,6 +112,9 @@ class FolderStored:
 
     def name(self, index: int) -> str:
         return self._source.name(index)
+
+    def fetched(self, plan: Sequence[np.ndarray]) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def _upright_size(path: str) -> tuple[int, int]:

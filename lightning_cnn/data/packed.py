@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from lightning_cnn.data._images import PackedImages, Verify
-from lightning_cnn.data._lanes import Augment, Crop, FusedLane, GatherLane, PackedLoader, ResidentLoader
+from lightning_cnn.data._lanes import Augment, Crop, FusedLane, GatherLane, PackedLoader
 from lightning_cnn.data._loader import CountedLoader
-from lightning_cnn.data._order import Draw, Order, balanced, shuffled, weighted, windowed, within
+from lightning_cnn.data._order import Draw, Order, balanced, shards_at_once, shuffled, weighted, windowed, within
+from lightning_cnn.data._resident import ResidentLoader, Store, require_room
 from lightning_cnn.errors import ConfigurationError, DataError, raise_all
 
 log = logging.getLogger(__name__)
@@ -87,14 +88,16 @@ class PackedDataModule(L.LightningDataModule):
         self.window, self.cache, self.cache_folder, self.cache_gb = window, cache, cache_folder, cache_gb
         self.verify: Verify = verify
         self._images: dict[str, PackedImages] = {}
+        self._stores: dict[tuple[PackedImages, torch.device], Store] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Open what `stage` needs and check every argument against it."""
         raise_all(self._problems())
-        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}.get(
-            str(stage), self.paths
-        ):
-            self._open(split)
+        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+        files = {self._open(split) for split in splits.get(str(stage), self.paths)} - {None}
+        if self.cache == "device":
+            stores = [self._store(images) for images in files if images is not None]
+            require_room(stores, self._device(), 1 if self.trainer is None else self.trainer.num_devices)
         opened = ", ".join(f"{split}: {len(images)} pictures" for split, images in self._images.items())
         log.info("lane %s of %s", self._lane_name(), opened)
 
@@ -127,12 +130,12 @@ class PackedDataModule(L.LightningDataModule):
         subset = np.asarray(self.subset, np.int64) if training and self.subset is not None else np.arange(len(images))
         draw = self._draw(images, subset) if training and shuffle else None
         chosen = within(subset, draw, len(images))
-        order = Order(len(subset), self.batch_size, self.seed, self.drop_last and training, chosen, *self._place())
-        threads, augment = self.threads or len(os.sched_getaffinity(0)), self._augment(images, training)
+        order = Order(len(subset), self.batch_size, self.seed, self.drop_last and training, chosen, *self._place(), images.fingerprint)
+        threads, augment = self._threads(), self._augment(images, training)
         if self._lane_name() == "dali":
             return self._dali(images, augment, order, threads)
         if self.cache == "device":
-            return ResidentLoader(images, order, self._device())
+            return ResidentLoader(self._store(images), order)
         lane = GatherLane(images) if self._lane_name() == "gather" else FusedLane(images, augment, self.seed)
         return PackedLoader(lane, images.labels, order, threads=threads, ahead=self.ahead, pinned=self._accelerated())
 
@@ -150,7 +153,15 @@ class PackedDataModule(L.LightningDataModule):
             place = {"cache_folder": self.cache_folder, "cache_gb": self.cache_gb}
             self._images[split] = shared or PackedImages(path, verify=self.verify, **place)
             self._check(split, self._images[split])
+            self._check_cache(split, self._images[split])
         return self._images.get(split)
+
+    def _store(self, images: PackedImages) -> Store:
+        """One for all loaders of some files."""
+        key = images, self._device()
+        if key not in self._stores:
+            self._stores[key] = Store(*key, self._threads())
+        return self._stores[key]
 
     def _augment(self, images: PackedImages, training: bool) -> Augment:
         size = self.size or min(images.shape or (0,))
@@ -176,6 +187,9 @@ class PackedDataModule(L.LightningDataModule):
 
     def _device(self) -> torch.device:
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
+    def _threads(self) -> int:
+        return self.threads or len(os.sched_getaffinity(0))
 
     def _accelerated(self) -> bool:
         return self._device().type == "cuda"
@@ -220,6 +234,19 @@ class PackedDataModule(L.LightningDataModule):
         if split == "train":
             problems += self._training_problems(images)
         raise_all(problems, DataError)
+
+    def _check_cache(self, split: str, images: PackedImages) -> None:
+        """Whether the shards that are read at a time fit into the local cache, in every epoch."""
+        if images.remote is None:
+            return
+        used, window, batch = np.arange(len(images.files)), 1, self.batch_size + 2  # for the tail that may join the last batch
+        if self.cache == "device":
+            batch = self._store(images).batch_size + 1
+        elif split == "train":
+            used = used if self.subset is None else images.shards(np.asarray(self.subset))
+            window = self.window if self.order == "windowed" and self.weights is None else len(used)
+        once = shards_at_once(np.diff(images.starts)[used].tolist(), window, batch)
+        images.remote.check_room(sum(sorted(images.remote.size(int(shard)) for shard in used)[-once:]))
 
     def _training_problems(self, images: PackedImages) -> Iterator[str]:
         smallest = (

@@ -14,7 +14,9 @@ from PIL import Image
 from lightning_cnn.data import DALIFolder, Digits, ImageFolders, Letters, PackedDataModule, pack
 from lightning_cnn.functional.batch import Batch
 
-SAMPLES, SIDE = 22, 16
+SAMPLES, SIDE, SHARDS = 22, 16, 4
+ROOM_GB = 2 * -(-SAMPLES // SHARDS) * SIDE * SIDE * 3 / 1e9  # two shards of four
+FILES = [index for label in range(2) for index in range(label, SAMPLES, 2)]  # as a folder is read
 
 
 def picture(index):
@@ -31,6 +33,7 @@ def folder(tmp_path_factory):
             Image.fromarray(picture(index)).save(place / f"{index:02d}.png")
     pack(root / "pictures" / "train", root / "raw.pack", size=None, progress=False, workers=0)
     pack(root / "pictures" / "train", root / "jpeg.pack", size=None, codec="jpeg", progress=False, workers=0)
+    pack(root / "pictures" / "train", root / "shard.pack", size=None, shards=SHARDS, progress=False, workers=0)
     return root
 
 
@@ -38,6 +41,18 @@ def packed(lane, codec="raw", **fixed):
     def make(root, batch_size, workers):
         files = {"train": root / f"{codec}.pack", "val": root / f"{codec}.pack"}
         return PackedDataModule(**files, lane=lane, batch_size=batch_size, threads=max(workers, 1), seed=1, **fixed)
+
+    return make
+
+
+def at_url(lane, **fixed):
+    """Shards at a URL, of which the local disk holds two at a time unless the order needs all."""
+    small = {"order": "windowed", "window": 1, "cache_gb": ROOM_GB}
+
+    def make(root, batch_size, workers):
+        options = {"cache_folder": root / "cache", **small, **fixed}
+        url = f"file://{root}/shard-*.pack"
+        return PackedDataModule(train=url, lane=lane, batch_size=batch_size, threads=max(workers, 1), seed=1, **options)
 
     return make
 
@@ -62,6 +77,12 @@ TABLE = {
     "packed, dali": (packed("dali"), False),
     "packed, dali, jpeg": (packed("dali", "jpeg"), False),
     "packed, dali, whole": (packed("dali", crop="center", flip=0.0, dtype="uint8"), True),
+    "packed, device": (packed("auto", cache="device"), True),
+    "packed at a URL, gather": (at_url("gather"), True),
+    "packed at a URL, gather, shuffled": (at_url("gather", order="shuffled", cache_gb=2 * ROOM_GB), True),
+    "packed at a URL, fused": (at_url("fused"), False),
+    "packed at a URL, dali": (at_url("dali"), False),
+    "packed at a URL, device": (at_url("auto", cache="device", order="shuffled"), True),
     "dali_folder": (dali_folder, True),
     "image_folders": (folders, True),
     "digits": (lambda root, batch_size, workers: Digits(shots=3, batch_size=batch_size, seed=1), False),
@@ -122,9 +143,11 @@ def test_the_next_epoch_has_another_order(name, folder):
 
 @pytest.mark.parametrize("name", [name for name, (_, stored) in TABLE.items() if stored])
 def test_pixels_are_the_stored_ones(name, folder):
-    files = [index for label in range(2) for index in range(label, SAMPLES, 2)]  # as a folder is read
     (got,) = epochs_of(name, folder)
-    assert all(np.array_equal(got[i].permute(1, 2, 0).numpy(), picture(file)) for i, file in enumerate(files))
+    assert all(np.array_equal(got[i].permute(1, 2, 0).numpy(), picture(file)) for i, file in enumerate(FILES))
+
+
+QUIET = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 
 
 class Net(L.LightningModule):
@@ -152,13 +175,12 @@ class SaveAt(L.Callback):
 
 
 def fit(name, root, ckpt_path=None, callbacks=()):
-    quiet = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     torch.manual_seed(0)
     model, module = Net(), made(name, root)
     with torch.no_grad():
         image = next(iter(made(name, root).train_dataloader())).image
         model.layer(image.flatten(1).float())
-    L.Trainer(**quiet, max_epochs=2, limit_val_batches=0, callbacks=list(callbacks)).fit(model, datamodule=module, ckpt_path=ckpt_path)
+    L.Trainer(**QUIET, max_epochs=2, limit_val_batches=0, callbacks=list(callbacks)).fit(model, datamodule=module, ckpt_path=ckpt_path)
     return model.losses, len(module.train_dataloader())
 
 
@@ -170,3 +192,31 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, folder, tmp_path):
     whole, _ = fit(name, folder, callbacks=[SaveAt(saved, tmp_path)])
     for step in saved:
         assert fit(name, folder, ckpt_path=tmp_path / f"{step}.ckpt")[0] == whole[step:]
+
+
+@pytest.mark.forks
+def test_two_processes_share_an_epoch_and_each_has_its_own_cache(folder, tmp_path):
+    """Even when the files were opened before the processes were forked: they would drop each other's shards."""
+
+    class Written(Net):
+        def training_step(self, batch, batch_index):
+            stored = [torch.from_numpy(picture(FILES[index])).permute(2, 0, 1) for index in batch.index]
+            self.seen.append((self.current_epoch, batch.index.tolist(), torch.equal(batch.image, torch.stack(stored))))
+            return super().training_step(batch, batch_index)
+
+        def on_train_end(self):
+            torch.save(self.seen, tmp_path / f"{self.global_rank}.pt")
+
+    for name, options in {"gather": {}, "device": {"cache": "device"}}.items():
+        module, model = at_url("gather", cache_folder=tmp_path / name, **options)(folder, 3, 1), Written()
+        model.seen = []
+        module.setup("fit")
+        with torch.no_grad():
+            model.layer(torch.zeros(1, SIDE * SIDE * 3))
+        L.Trainer(**QUIET, max_epochs=2, limit_val_batches=0, devices=2, strategy="ddp_fork").fit(model, datamodule=module)
+        ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+        for epoch in range(2):
+            seen = [index for rank in ranks for entry in rank if entry[0] == epoch for index in entry[1]]
+            assert sorted(seen) == list(range(SAMPLES)), name
+        assert all(entry[2] for rank in ranks for entry in rank), name
+        assert len(list((tmp_path / name).iterdir())) == 3, name  # of this process and of both ranks

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_cnn.data._order import Order, shuffled
+from lightning_cnn.data._order import Order, shards_at_once, shuffled, windowed
 from lightning_cnn.errors import CheckpointError, ConfigurationError
 
 
@@ -114,3 +114,30 @@ def test_what_cannot_work_is_refused_in_one_message():
         len(Order(3, 4, drop_last=True))
     with pytest.raises(ConfigurationError, match=r"3 samples make no batch of 1 on each of 4 ranks"):
         len(Order(3, 1, num_replicas=4, rank=0))
+
+
+@settings(max_examples=80)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8),
+    window=st.integers(1, 8),
+    batch_size=st.integers(1, 9),
+    ranks=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_no_batch_lies_in_the_use_of_more_shards_than_foretold(lengths, window, batch_size, ranks, seed):
+    if sum(lengths) < ranks:
+        return
+    starts, draw = np.cumsum([0, *lengths]), windowed(lengths, window)
+    for rank in range(ranks):
+        _, plan = Order(sum(lengths), batch_size, seed, draw=draw, num_replicas=ranks, rank=rank).start()
+        needs = [set(np.searchsorted(starts, indices, side="right")) for indices in plan]
+        live = [set().union(*needs[: k + 1]) & set().union(*needs[k:]) for k in range(len(plan))]
+        assert max(map(len, live)) <= shards_at_once(lengths, window, batch_size + 2)
+
+
+def test_a_long_batch_lies_in_many_shards_and_a_short_one_in_two():
+    assert shards_at_once([10] * 20, 1, 11) == 2
+    assert shards_at_once([10] * 20, 1, 12) == 3
+    assert shards_at_once([10] * 20, 4, 12) == 8
+    assert shards_at_once([10, 10, 1], 1, 5) == 3
+    assert shards_at_once([10] * 20, 20, 12) == 20

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -185,8 +186,12 @@ def test_a_full_disk_is_named(folder, tmp_path, monkeypatch):
 
 def test_what_cannot_fit_is_refused_before_it_is_fetched(folder, tmp_path):
     url = f"file://{folder}/x-*.pack"
-    with pytest.raises(ConfigurationError, match=r"reads shards of .* GB at a time, and the cache holds"):
-        next(iter(module(url, tmp_path, shards_kept=2).loader("train", shuffle=True)))
+    refused = pytest.raises(ConfigurationError, match=r"reads shards of .* GB at a time, and the cache holds")
+    for order in ({"order": "shuffled"}, {"weights": [1] * SAMPLES}, {"order": "windowed", "window": 2, "batch_size": 9}):
+        with refused:
+            module(url, tmp_path, shards_kept=2, **order).setup("fit")
+    module(url, tmp_path, shards_kept=2, subset=range(5, 15)).setup("fit")
+    assert not list(tmp_path.rglob("*.here"))
     images = PackedImages(url, cache_folder=tmp_path, cache_gb=2 * PAYLOAD / 1e9)
     assert images[0][1] == 0
     with pytest.raises(DataError, match=r"do not fit into a cache of .*order='windowed'"):
@@ -215,10 +220,17 @@ def test_two_users_of_a_cache_do_not_meet(folder, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
 
 
+def test_a_copy_of_a_dataset_has_a_cache_of_its_own(folder, tmp_path):
+    images = PackedImages(f"file://{folder}/x-*.pack", cache_folder=tmp_path, cache_gb=1)
+    copy = pickle.loads(pickle.dumps(images))
+    assert torch.equal(copy[7][0], images[7][0])
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
 def test_the_device_cache_delivers_what_the_gather_lane_delivers(folder, tmp_path):
     expected = batches(module(f"{folder}/x-*.pack", tmp_path))
     for train in (f"{folder}/x-*.pack", f"file://{folder}/x-*.pack"):
-        data = module(train, tmp_path, cache="device", lane="auto")
+        data = module(train, tmp_path, shards_kept=2, cache="device", lane="auto")
         assert_same(batches(data), expected)
     with pytest.raises(ConfigurationError, match="cache='device' keeps stored pictures"):
         module(train, tmp_path, cache="device", lane="fused").setup("fit")
