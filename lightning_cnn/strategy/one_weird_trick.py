@@ -1,6 +1,7 @@
 """Data parallelism for the convolutions, model parallelism for the fully connected layers."""
 
 import logging
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.optim import Optimizer
 
@@ -46,6 +47,7 @@ class OneWeirdTrick(Watched, ModelParallelStrategy):
             timeout=timedelta(seconds=timeout_s),
         )
         self.timeout_s = timeout_s
+        self._hooks: list[tuple[dict, int]] = []  # those that divide the layers
 
     @property
     def _num_nodes(self) -> int:
@@ -100,10 +102,53 @@ class OneWeirdTrick(Watched, ModelParallelStrategy):
         return found
 
     def _divide(self, module: LightningModule) -> None:
-        names = shared_layers(module, self.world_size)
+        names, mesh = shared_layers(module, self.world_size), self.device_mesh["tensor_parallel"]
+        layers = [module.get_submodule(name) for name in names]
+        tables: list[dict] = [table for layer in layers for table in (layer._forward_pre_hooks, layer._forward_hooks)]
+        before, old = [set(table) for table in tables], _parameters(layers)
         plan: Any = {name: ColwiseParallel(input_layouts=Shard(0), output_layouts=Shard(0)) for name in names}
-        parallelize_module(module, self.device_mesh["tensor_parallel"], plan)
+        parallelize_module(module, mesh, plan)
+        self._hooks = [(table, key) for table, keys in zip(tables, before, strict=True) for key in table if key not in keys]
+        self._replaced(old, _parameters(layers), lambda t: distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None))
         log.info("OneWeirdTrick: %d processes share the outputs of %s", self.world_size, ", ".join(names))
+
+    def _unite(self) -> None:
+        """Plain layers with all their weights on every rank again, for whoever uses the model after the Trainer."""
+        assert self.lightning_module is not None
+        for table, key in self._hooks:
+            table.pop(key, None)
+        self._hooks.clear()
+        layers = [m for m in self.lightning_module.modules() if any(isinstance(p, DTensor) for p in m.parameters(recurse=False))]
+        old = _parameters(layers)
+        for layer in layers:
+            vars(layer).pop("_distribute_module_applied", None)
+            for name, p in list(layer.named_parameters(recurse=False)):
+                layer.register_parameter(name, nn.Parameter(_whole(p.detach()), p.requires_grad))
+        self._replaced(old, _parameters(layers), _whole)
+
+    def _replaced(self, old: list[nn.Parameter], new: list[nn.Parameter], change: Callable[[Tensor], Tensor]) -> None:
+        """Optimizers go on with the new parameters, and with what they have kept about the old ones."""
+        others = dict(zip(old, new, strict=True))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [others.get(p, p) for p in group["params"]]
+            for p in [p for p in old if p in optimizer.state]:
+                kept = optimizer.state.pop(p).items()
+                optimizer.state[others[p]] = {k: change(v) if isinstance(v, Tensor) and v.shape == p.shape else v for k, v in kept}
+
+    def on_train_end(self) -> None:
+        self._unite()
+
+    def on_validation_end(self) -> None:
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn == TrainerFn.VALIDATING:
+            self._unite()
+
+    def on_test_end(self) -> None:
+        self._unite()
+
+    def on_predict_end(self) -> None:
+        self._unite()
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         batch = super().batch_to_device(batch, device, dataloader_idx)
@@ -154,6 +199,14 @@ class OneWeirdTrick(Watched, ModelParallelStrategy):
 def shared_layers(model: nn.Module, processes: int) -> list[str]:
     """Names of the fully connected layers with at least one output for each process."""
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features >= processes]
+
+
+def _parameters(layers: list[nn.Module]) -> list[nn.Parameter]:
+    return [p for layer in layers for p in layer.parameters(recurse=False)]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _squares(tensors: list[Tensor], device: torch.device) -> Tensor:

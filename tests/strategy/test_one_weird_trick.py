@@ -22,11 +22,14 @@ def test_clipping_accumulation_adamw_and_checkpoints_are_those_of_one_process(jo
         _, alone = run(Options(ranks=1, batch=8, out=str(tmp_path / "one"), **common, **resume), "auto")
     finally:
         torch.set_default_dtype(torch.float32)
-    done = job({"strategy": "one_weird_trick", "batch": 4, **common, **resume}).wait()
+    done = job({"strategy": "one_weird_trick", "batch": 4, "afterwards": True, **common, **resume}).wait()
     assert done.process.returncode == 0, done.output
     for rank in (0, 1):
         assert done[0][rank]["weights"] == pytest.approx(digest(alone), abs=1e-12)
-    saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+        assert done[0][rank]["plain"], "whole again, for whoever uses the model after the Trainer"
+    saved, later = (torch.load(tmp_path / name, weights_only=True) for name in ("epoch=1.ckpt", "afterwards.ckpt"))
+    torch.testing.assert_close(later["state_dict"], saved["state_dict"], rtol=0, atol=0)
+    torch.testing.assert_close(later["optimizer_states"][0]["state"], saved["optimizer_states"][0]["state"], rtol=0, atol=0)
     model = Classifier(Options()).double()
     model.load_state_dict(saved["state_dict"])
     assert digest(model) == pytest.approx(digest(alone), abs=1e-12)

@@ -55,6 +55,7 @@ class Options:
     validate: bool = True
     save_epoch: bool = False
     save_on_exception: bool = False
+    afterwards: bool = False
     loader: str = "torch"
     resume: str = ""
     trainer: dict = field(default_factory=dict)
@@ -187,7 +188,18 @@ def run(options: Options, strategy: object) -> tuple[Trainer, Classifier]:
         train = DataLoader(data, batch_size=options.batch, sampler=split)
     validation = DataLoader(Pictures(16, dtype, seed=1), batch_size=4) if options.validate else None
     trainer.fit(module, train, validation, ckpt_path=options.resume or None)
+    if options.afterwards:
+        use(trainer, module, validation, Path(options.out, "afterwards.ckpt"))
     return trainer, module
+
+
+def use(trainer: Trainer, module: Classifier, data: DataLoader, path: Path) -> None:
+    """What people do with a model after training; the last of it by one rank alone."""
+    trainer.save_checkpoint(path)
+    trainer.validate(module, data, ckpt_path=str(path), verbose=False)
+    trainer.save_checkpoint(path)
+    if trainer.is_global_zero:
+        module.net(next(iter(data))[0])
 
 
 def attempt(options: Options, name: str) -> None:
@@ -201,6 +213,7 @@ def attempt(options: Options, name: str) -> None:
             "weights": digest(module),
             "seen": module.seen,
             "lrs": module.lrs,
+            "plain": not any(isinstance(p, DTensor) for p in module.parameters()),
             "values": module.values,
             "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
             "report": getattr(trainer.strategy, "report", {}),
