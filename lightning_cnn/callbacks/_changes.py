@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 Undo = Callable[[], None]
@@ -34,6 +35,11 @@ def channels_last(module: nn.Module) -> Undo:
             parameter.data = parameter.data.contiguous()
 
     return undo
+
+
+def layout_is_fixed(trainer: Trainer) -> bool:
+    """Whether DDP has laid out buckets for the gradients: those of weights whose strides change afterwards are scrambled in one step."""
+    return isinstance(trainer.strategy.model, DistributedDataParallel)
 
 
 def autocast(trainer: Trainer, dtype: torch.dtype) -> Undo:

@@ -72,7 +72,7 @@ class FastTraining(Callback):
             trials, self._kept = choose(changes, self.least, pl_module.device)
             self.trials += trials
             self._decided = trainer.strategy.broadcast(list(self._kept))
-        self._agree(changes)
+        self._agree(trainer, pl_module, step)
         log.info("FastTraining: %s.", "; ".join(map(str, self.trials)) or f"as before: {', '.join(self._kept) or 'nothing'}")
         if not self._kept:
             warnings.warn("FastTraining changed nothing: no switch was faster here.", NoEffectWarning, stacklevel=2)
@@ -92,14 +92,14 @@ class FastTraining(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._decided = state_dict["kept"]
 
-    def _agree(self, changes: Sequence[Change]) -> None:
-        """Do as rank 0, or as the checkpoint, has decided."""
-        decided = self._decided or []
+    def _agree(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
+        """Do as rank 0, or as the checkpoint, has decided, also where this process would not have tried it."""
+        decided = [name for name in self._decided or [] if name != "channels_last" or not _changes.layout_is_fixed(trainer)]
         for name in [name for name in self._kept if name not in decided]:
             self._kept.pop(name)()
-        for change in changes:
-            if change.name in decided and change.name not in self._kept:
-                self._kept[change.name] = change.apply()
+        for name in decided:
+            if name not in self._kept:
+                self._kept[name] = _change(name, trainer, pl_module, step).apply()
 
     def _undo(self) -> None:
         for undo in reversed(self._kept.values()):
@@ -111,10 +111,8 @@ class FastTraining(Callback):
             reason = self._unfit(name, trainer, pl_module, step)
             if reason:
                 self.trials.append(Trial(name, note=reason))
-            elif name == "fused":
-                yield Change(name, lambda: _changes.fused(trainer.optimizers), _changes.optimizer_step(trainer.optimizers))
             else:
-                yield Change(name, lambda name=name: _applied(name, trainer, pl_module), step)
+                yield _change(name, trainer, pl_module, step)
 
     def _unfit(self, name: str, trainer: Trainer, pl_module: LightningModule, step: Step) -> str:
         device = pl_module.device
@@ -122,6 +120,8 @@ class FastTraining(Callback):
             return "is for GPUs"
         if name == "channels_last" and not any(p.dim() == 4 for p in pl_module.parameters()):
             return "has no convolution to change"
+        if name == "channels_last" and _changes.layout_is_fixed(trainer):
+            return "comes too late: DDP has laid out its buckets"
         if name == "autocast" and not _changes.plain_precision(trainer):
             return "is left to the precision you chose"
         if name == "autocast" and device.type == "cpu" and not _changes.bf16_units(device):
@@ -137,6 +137,12 @@ class FastTraining(Callback):
             return bool(self.compile) or bool({"compile", "graphs"} & set(self._decided or []))
         ahead = trainer.estimated_stepping_batches - trainer.global_step
         return ahead * min(timed(step, pl_module.device)) > LONG_S
+
+
+def _change(name: str, trainer: Trainer, pl_module: LightningModule, step: Step) -> Change:
+    if name == "fused":
+        return Change(name, lambda: _changes.fused(trainer.optimizers), _changes.optimizer_step(trainer.optimizers))
+    return Change(name, lambda: _applied(name, trainer, pl_module), step)
 
 
 def _applied(name: str, trainer: Trainer, pl_module: LightningModule) -> Undo:
