@@ -4,7 +4,7 @@
 
 Two gloo processes of one thread each.
 
-bubble: sleeps stand in for arithmetic (50 ms forward a process and micro-batch, 50 for the gradient of the input, 50 for that of the weights), so
+bubble: sleeps stand in for arithmetic (50 ms forward a process and micro-batch, 50 for the gradient of the input, 50 for the weights'), so
 that processes are equally fast on any machine. What every stage takes is timed in the same steps: idle is the share of a step in which a
 process does none of it, mean of both. Theory is (p - 1) / (m + p - 1) for gpipe and 1f1b; for the others it is the engine's own table of
 actions, played with the times just measured and messages that cost nothing.
