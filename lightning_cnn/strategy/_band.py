@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 from lightning_cnn.errors import UnsupportedLayerError
 from lightning_cnn.functional.spatial import Interval, adaptive_weights, divisors, hull, output_size, padded_sources, reach
@@ -183,7 +184,14 @@ def _conv2d(input: Any, weight: Tensor, bias: Any = None, stride: Any = 1, paddi
     if not windows.fits:
         return NotImplemented
     weight, bias = share(weight, input.grid), bias if bias is None else share(bias, input.grid)
-    return windows.output(F.conv2d(windows.input(), weight, bias, _pair(stride), 0, _pair(dilation), groups))
+
+    def convolved() -> Tensor:
+        return F.conv2d(windows.input(), weight, bias, _pair(stride), 0, _pair(dilation), groups)
+
+    # The part with its surroundings is asked for again in the backward pass (which stops before the convolution itself) instead of kept:
+    # it would be a second copy of every activation, and cost what dividing the picture saves.
+    again = torch.is_grad_enabled()
+    return windows.output(checkpoint(convolved, use_reentrant=False, preserve_rng_state=False) if again else convolved())
 
 
 def _max_pool2d(

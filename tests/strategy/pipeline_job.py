@@ -23,6 +23,7 @@ from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock
 
 torch.set_num_threads(1)
+BF16 = {"precision": "bf16-mixed", "dtype": torch.float32}
 SCHEDULES = ["gpipe", "1f1b", "interleaved", "zb"]
 
 
@@ -55,8 +56,8 @@ class Net(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
-def run(strategy, devices, out, *, epochs=1, resume=None, **kwargs):
-    torch.set_default_dtype(torch.float64)
+def run(strategy, devices, out, *, epochs=1, resume=None, dtype=torch.float64, **kwargs):
+    torch.set_default_dtype(dtype)
     torch.manual_seed(3)
     data = TensorDataset(torch.randn(27, 3, 24, 24), torch.arange(27) % 3)
     loader = DataLoader(data, batch_size=8)  # the last batch has three pictures: fewer than micro-batches
@@ -99,6 +100,8 @@ def main():
     if len(sys.argv) == 2:
         facts = run(Pipeline(stages=["layer2"]), 2, out / "resumed.ckpt", epochs=2, resume=out / "alone.ckpt")
         torch.save(facts, out / f"resumed-{strategy.global_rank}.pt")
+        facts = run(Pipeline(), 2, out / "bf16.ckpt", **BF16)
+        torch.save(facts, out / f"bf16-{strategy.global_rank}.pt")
 
 
 if __name__ == "__main__":

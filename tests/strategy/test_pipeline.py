@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from pipeline_job import SCHEDULES, Net, digest, run
+from pipeline_job import BF16, SCHEDULES, Net, digest, run
 from torch import nn
 from torchvision.models import densenet121, efficientnet_b0, googlenet, mobilenet_v3_small, resnet18, squeezenet1_1, vgg11_bn
 
@@ -27,11 +27,12 @@ def found(tmp_path_factory):
     try:
         alone = run("auto", 1, out / "alone.ckpt")
         again = run("auto", 1, out / "again.ckpt", epochs=2, resume=out / "alone.ckpt")
+        bf16 = run("auto", 1, out / "alone_bf16.ckpt", **BF16)
     finally:
         torch.set_default_dtype(before)
     done = subprocess.run([sys.executable, JOB, out], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
-    return {"alone": alone, "again": again}, {path.stem: torch.load(path) for path in out.glob("*.pt")}, out
+    return {"alone": alone, "again": again, "bf16": bf16}, {path.stem: torch.load(path) for path in out.glob("*.pt")}, out
 
 
 def equal(ours, theirs):
@@ -67,6 +68,17 @@ def test_a_checkpoint_of_one_process_goes_on_in_two(found):
     alone, pipelined, _ = found
     for rank in (0, 1):
         equal(pipelined[f"resumed-{rank}"]["weights"], alone["again"]["weights"])
+
+
+def test_mixed_precision_trains_as_in_one_process(found):
+    """bfloat16 has 8 bits: numbers of one step agree to 2^-8 times a few roundings; weights stay float32."""
+    alone, pipelined, out = found
+    for rank in (0, 1):
+        facts = pipelined[f"bf16-{rank}"]
+        assert facts["metrics"]["train_loss"] == pytest.approx(alone["bf16"]["metrics"]["train_loss"], rel=8 * 2**-8)
+        assert facts["test"] == pytest.approx(alone["bf16"]["test"], rel=8 * 2**-8)
+    saved = torch.load(out / "bf16.ckpt", weights_only=True)["state_dict"]
+    assert {t.dtype for t in saved.values() if t.is_floating_point()} == {torch.float32}
 
 
 def test_stages_are_cut_by_measured_time(found):

@@ -3,11 +3,12 @@
 import os
 
 import pytest
+import torch
 from training_job import Options, digest, run
 
 SAMPLES, EPOCHS = 96, 3
 COMMON = {"samples": SAMPLES, "epochs": EPOCHS, "loader": "lane", "shuffle": True, "sleep_s": 0.01, "optimizer": "momentum", "batch": 4}
-ALL = ["sync_ddp", "local_sgd", "delayed_averaging", "async_sgd"]
+ALL = ["sync_ddp", "local_sgd", "one_weird_trick", "delayed_averaging", "async_sgd"]
 
 
 @pytest.fixture(scope="module", params=[name if name == "async_sgd" else pytest.param(name, marks=pytest.mark.soak) for name in ALL])
@@ -44,3 +45,27 @@ def test_another_number_of_ranks_goes_on_inside_the_epoch(interrupted, launch, t
     if name == "sync_ddp":  # float64: what differs from one process without interruption is the order of a sum
         _, whole = run(Options(**{**COMMON, "ranks": 1, "batch": 8, "sleep_s": 0, "out": os.devnull}), "auto")
         assert resumed[0][0]["weights"] == pytest.approx(digest(whole), abs=1e-12)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("name", "term_step"), [("spatial", 17), ("pipeline", 90)])  # a pipeline runs training_step six times a batch
+def test_one_process_goes_on_where_two_with_one_model_stopped(name, term_step, job, tmp_path):
+    """float64: interrupted in the second epoch and resumed, its weights are those of a run of one process without interruption."""
+    options = {**COMMON, "batch": 8, "sleep_s": 0.0}
+    done = job(
+        {
+            "strategy": name,
+            "term_rank": 1,
+            "term_step": term_step,
+            **options,
+            "sleep_s": 0.005,
+            "trainer": {"default_root_dir": str(tmp_path)},
+        }
+    ).wait()
+    assert done.process.returncode == 0, done.output
+    assert [done[0][rank]["error"] for rank in (0, 1)] == ["SIGTERMException"] * 2
+    assert done.gone()
+    _, resumed = run(Options(**{**options, "ranks": 1, "out": str(done.out), "resume": str(done.out / "sigterm.ckpt")}), "auto")
+    _, whole = run(Options(**{**options, "ranks": 1, "out": os.devnull}), "auto")
+    torch.set_default_dtype(torch.float32)
+    assert digest(resumed) == pytest.approx(digest(whole), abs=1e-12)
