@@ -206,7 +206,7 @@ class Net(L.LightningModule):
         self.losses = []
 
     def forward(self, image):
-        return self.net(image.float() / 255 if image.dtype == torch.uint8 else image)
+        return self.net(image.float() * (1 / 255) if image.dtype == torch.uint8 else image)
 
     def training_step(self, batch, batch_index):
         loss = F.cross_entropy(self(batch.image), batch.label)
@@ -258,7 +258,7 @@ SAME_WORK = {
 
 @pytest.mark.parametrize("work", SAME_WORK)
 def test_lanes_train_to_equal_losses_where_the_work_is_equal(digits, work):
-    """uint8 is divided by the model, floats by the lane: they may differ in the last bit."""
+    """To the bit: uint8 is scaled by the model as floats are by the lane, a product with 1/255 (a quotient has other last bits)."""
     losses = []
     for options in SAME_WORK[work]:
         torch.manual_seed(0)
@@ -267,8 +267,7 @@ def test_lanes_train_to_equal_losses_where_the_work_is_equal(digits, work):
         losses.append(model.losses)
     assert len(losses[0]) == 40
     assert sum(losses[0][-10:]) < sum(losses[0][:10])
-    for other in losses[1:]:
-        assert other == (losses[0] if "uint8" in work else pytest.approx(losses[0], rel=1e-5))
+    assert all(other == losses[0] for other in losses[1:])
 
 
 def test_overfitting_repeats_the_same_batches(files):
