@@ -106,7 +106,10 @@ class WatchedLauncher(_SubprocessScriptLauncher):
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             os.environ["LIGHTNING_CNN_LAUNCHER"] = str(os.getpid())
-            self._call_children_scripts()
+            try:
+                self._call_children_scripts()
+            finally:  # the children have their copies; what this process starts later is not its rank
+                del os.environ["LIGHTNING_CNN_LAUNCHER"]
         self._running = True
         try:
             return function(*args, **kwargs)
