@@ -224,17 +224,14 @@ def opened(folder: Path, batches: int, n: int) -> list[Row]:
 
 def gather(folder: Path, batches: int, n: int) -> list[Row]:
     """Bytes delivered a second against torch's copy of the same bytes with the same number of threads."""
-    source, target = (
-        torch.zeros(peers.BATCH, 256 * 256 * 3, dtype=torch.uint8),
-        torch.zeros(peers.BATCH, 256 * 256 * 3, dtype=torch.uint8),
-    )
-    big = [torch.zeros_like(source) for _ in range(8)]
+    # Written once, so that they are memory and not the one page of zeros; together larger than the last cache.
+    sources, targets = (torch.randint(0, 256, (8, peers.BATCH, 256 * 256 * 3), dtype=torch.uint8) for _ in range(2))
 
     def copies() -> Iterator[int]:
         torch.set_num_threads(peers.WORKERS)
         while True:
-            for one in big:
-                target.copy_(one)
+            for source, target in zip(sources, targets, strict=True):
+                target.copy_(source)
                 yield peers.BATCH
 
     got = rates({"ours": peers.ours(folder / "raw.pack", lane="gather", size=None), "memcpy": copies()}, batches * 4, n)
@@ -264,7 +261,7 @@ import torch, lightning_cnn.data as d
 from pathlib import Path
 def private():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1e3
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1e3
 d.PackedDataModule, d.PackedImages
 import lightning_cnn.data._lanes
 before, start = private(), time.perf_counter()

