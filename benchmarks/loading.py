@@ -192,7 +192,8 @@ def against(menu: dict, folder: Path, batches: int, n: int) -> list[Row]:
     """Packed pictures against the same pictures as JPEGs, in files or in the peer's own format."""
     row = f"raw 256 against JPEGs: {WORK}"
     present = {name: make(folder) for name, (module, make) in menu.items() if installed(module)}
-    got = rates({"ours": peers.ours(folder / "raw.pack"), **present}, max(batches // 3, 1), n, {"ours": 12})
+    longer = {"ours": 12, "grain": 12}  # one is fast, the other's queues would outlast a turn
+    got = rates({"ours": peers.ours(folder / "raw.pack"), **present}, max(batches // 3, 1), n, longer)
     bars = {"torchvision v2 + DataLoader": 15.0}
     rows = [line for name in present for line in both(row, name, got["ours"], got[name], bars.get(name), n)]
     return rows + [missing(row, name, peers.INSTALL[module]) for name, (module, _) in menu.items() if name not in present]
