@@ -152,7 +152,7 @@ def grain(folder: Path) -> Iterator[int]:
 
     sampler = g.IndexSampler(len(files), shard_options=g.NoSharding(), shuffle=True, num_epochs=None, seed=1)
     operations = [Augmented(), g.Batch(BATCH, drop_remainder=True)]
-    read_ahead = g.ReadOptions(prefetch_buffer_size=16)  # its default of 500 pictures a worker would outlast a turn of the benchmark
+    read_ahead = g.ReadOptions(prefetch_buffer_size=16)  # not its default of 500: what it has queued must not outlast a turn
     loader = g.DataLoader(data_source=files, sampler=sampler, operations=operations, worker_count=WORKERS, read_options=read_ahead)
     return (len(label) for _, label in loader)
 
