@@ -1,5 +1,10 @@
 """A network with every transfer trap in it, small enough to train in milliseconds."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import lightning as L
 import torch
 from torch import nn
@@ -13,6 +18,16 @@ QUIET = {
     "enable_checkpointing": False,
     "num_sanity_val_steps": 0,
 }
+
+
+def run_two_processes(script: str, folder: Path) -> None:
+    """Run a script whose Trainer starts a second process; `{tests}` in it stands for this folder, its argument is `folder`."""
+    file = folder / "run.py"
+    file.write_text(script.format(tests=str(Path(__file__).parent)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PL_TORCH_DISTRIBUTED_BACKEND": "gloo"}
+    command = [sys.executable, str(file), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "Error" in line)  # of every rank
 
 
 def loader(n: int = 32, batch_size: int = 8, shuffle: bool = False) -> DataLoader:

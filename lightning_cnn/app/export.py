@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_cnn.app import _build
 from lightning_cnn.errors import ConfigurationError
+from lightning_cnn.files import replacing
 from lightning_cnn.functional.batch import image_key, read
 
 ATOL = 1e-3  # of a logit: a compiled graph adds in another order
@@ -53,7 +54,6 @@ def _writer(out: Path):
     writers = {".pt2": _program, ".onnx": _onnx, ".safetensors": _weights}
     if out.suffix not in writers:
         raise ConfigurationError(f"out={out}: the suffix says the format; choose one of {', '.join(writers)}.")
-    out.parent.mkdir(parents=True, exist_ok=True)
     return writers[out.suffix]
 
 
@@ -64,7 +64,8 @@ def _described(model: Any) -> dict[str, str]:
 def _program(model: Any, pictures: Tensor, out: Path):
     batch = torch.export.Dim("b", min=1)
     program = torch.export.export(model, (pictures,), dynamic_shapes=({0: batch},))
-    torch.export.save(program, out, extra_files=_described(model))
+    with replacing(out, ConfigurationError) as file:
+        torch.export.save(program, file, extra_files=_described(model))
     return torch.export.load(out).module()
 
 
@@ -79,7 +80,8 @@ def _onnx(model: Any, pictures: Tensor, out: Path):
     assert program is not None
     graph = program.model_proto
     onnx.helper.set_model_props(graph, _described(model))
-    onnx.save(graph, out)
+    with replacing(out, ConfigurationError) as file:
+        onnx.save(graph, file)
     answer = ReferenceEvaluator(str(out))
     return lambda images: torch.from_numpy(answer.run(None, {answer.input_names[0]: images.numpy()})[0])
 
@@ -87,7 +89,8 @@ def _onnx(model: Any, pictures: Tensor, out: Path):
 def _weights(model: Any, pictures: Tensor, out: Path):
     from safetensors.torch import load_model, save_model
 
-    save_model(model, str(out), metadata=_described(model))
+    with replacing(out, ConfigurationError) as file:
+        save_model(model, file.name, metadata=_described(model))
     again = type(model)(**model.hparams).eval()
     load_model(again, str(out))
     return again

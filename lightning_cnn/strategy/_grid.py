@@ -74,44 +74,37 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: Grid, owned: list[Rectangle], needed: list[Rectangle], fill: float) -> Tensor:
         ctx.grid, ctx.owned, ctx.needed = grid, owned, needed
-        have, want = owned[grid.rank], needed[grid.rank]
-        result = x.new_full((*x.shape[:2], *want.shape), fill)
-        outgoing, incoming = {}, {}
-        for peer in range(len(owned)):
-            give, take = have.overlap(needed[peer]), owned[peer].overlap(want)
-            if peer == grid.rank:
-                if not take.empty:
-                    take.of(result, want).copy_(take.of(x, have))
-                continue
-            if not give.empty:
-                outgoing[peer] = give.of(x, have).contiguous()
-            if not take.empty:
-                incoming[peer] = x.new_empty((*x.shape[:2], *take.shape))
-        grid._swap(outgoing, incoming)
-        for peer, tensor in incoming.items():
-            owned[peer].overlap(want).of(result, want).copy_(tensor)
+        give, take = _pieces(grid, owned, needed)
+        result = x.new_full((*x.shape[:2], *needed[grid.rank].shape), fill)
+        for peer, tensor in _moved(grid, x, owned[grid.rank], give, take).items():
+            take[peer].of(result, needed[grid.rank]).copy_(tensor)
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         gradient, grid, owned, needed = gradients[0], ctx.grid, ctx.owned, ctx.needed
-        have, want = owned[grid.rank], needed[grid.rank]
-        result = gradient.new_zeros((*gradient.shape[:2], *have.shape))
-        outgoing, incoming = {}, {}
-        for peer in range(len(owned)):
-            back, come = owned[peer].overlap(want), have.overlap(needed[peer])
-            if peer == grid.rank:
-                if not come.empty:
-                    come.of(result, have).copy_(come.of(gradient, want))
-                continue
-            if not back.empty:
-                outgoing[peer] = back.of(gradient, want).contiguous()
-            if not come.empty:
-                incoming[peer] = gradient.new_empty((*gradient.shape[:2], *come.shape))
-        grid._swap(outgoing, incoming)
-        for peer, tensor in incoming.items():
-            have.overlap(needed[peer]).of(result, have).add_(tensor)
+        give, take = _pieces(grid, owned, needed)
+        result = gradient.new_zeros((*gradient.shape[:2], *owned[grid.rank].shape))
+        for peer, tensor in _moved(grid, gradient, needed[grid.rank], take, give).items():
+            give[peer].of(result, owned[grid.rank]).add_(tensor)
         return result, None, None, None, None
+
+
+def _pieces(grid: Grid, owned: list[Rectangle], needed: list[Rectangle]) -> tuple[list[Rectangle], list[Rectangle]]:
+    """What this device gives to each (of its own), and what it takes from each."""
+    have, want = owned[grid.rank], needed[grid.rank]
+    return [have.overlap(each) for each in needed], [each.overlap(want) for each in owned]
+
+
+def _moved(grid: Grid, x: Tensor, held: Rectangle, give: list[Rectangle], take: list[Rectangle]) -> dict[int, Tensor]:
+    """The pieces `take` of each peer, where this device holds `held` of `x` and sends the pieces `give`; its own among them."""
+    outgoing = {peer: piece.of(x, held).contiguous() for peer, piece in enumerate(give) if peer != grid.rank and not piece.empty}
+    incoming = {
+        peer: x.new_empty((*x.shape[:2], *piece.shape)) for peer, piece in enumerate(take) if peer != grid.rank and not piece.empty
+    }
+    grid._swap(outgoing, incoming)
+    own = {} if give[grid.rank].empty else {grid.rank: give[grid.rank].of(x, held)}
+    return own | incoming
 
 
 def exchange(x: Tensor, grid: Grid, extent: tuple[int, int], needed: list[Rectangle], fill: float = 0.0) -> Tensor:

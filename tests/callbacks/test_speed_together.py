@@ -1,8 +1,6 @@
 """FastTraining, BottleneckMonitor and LeanLogging in one run: on two processes, and compiled."""
 
 import csv
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from torch import nn
 from lightning_cnn.callbacks import BottleneckMonitor, FastTraining, LeanLogging, _trials
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _transfer import QUIET, Module, loader
+from _transfer import QUIET, Module, loader, run_two_processes
 
 SCRIPT = """
 import sys, warnings, torch
@@ -61,12 +59,7 @@ if __name__ == "__main__":
 
 
 def test_rank_0_decides_and_two_processes_end_with_the_weights_and_the_log_of_a_plain_run(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PL_TORCH_DISTRIBUTED_BACKEND": "gloo"}
-    command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
-    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "Error" in line)  # of every rank
+    run_two_processes(SCRIPT, tmp_path)
     plain, late, fast, also_fast = (torch.load(tmp_path / name, weights_only=True) for name in ("0.0", "1.0", "3.0", "3.1"))
     assert late["seen"] == [False, False]
     assert fast["seen"] == also_fast["seen"] == [False, True]

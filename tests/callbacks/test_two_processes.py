@@ -1,11 +1,7 @@
 """Freezing, rates by stage, averaging and caching on two processes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
+from _transfer import run_two_processes
 
 SCRIPT = """
 import sys, warnings, torch
@@ -37,12 +33,7 @@ if __name__ == "__main__":
 
 def test_two_processes_agree_and_caching_in_a_common_folder_changes_no_bit(tmp_path):
     """One process is no reference: Lightning shuffles training data that it distributes."""
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PL_TORCH_DISTRIBUTED_BACKEND": "gloo"}
-    command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
-    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "Error" in line)  # of every rank
+    run_two_processes(SCRIPT, tmp_path)
     plain, also_plain, cached, also_cached = (
         torch.load(tmp_path / f"{which}.{rank}", weights_only=True) for which in (0, 1) for rank in (0, 1)
     )
