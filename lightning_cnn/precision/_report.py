@@ -1,7 +1,7 @@
 """What a model's numbers are stored in, layer by layer."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -148,10 +148,11 @@ def _times(packed: nn.Module, original: nn.Module, x: Any) -> dict[str, float]:
 
 def _inputs(model: nn.Module, names: list[str], x: Any) -> dict[str, tuple[Any, ...]]:
     seen: dict[str, tuple[Any, ...]] = {}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: seen.__setitem__(name, inputs))
-        for name in names
-    ]
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _, inputs: seen.update({name: inputs})
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
     model(x)
     for hook in hooks:
         hook.remove()
