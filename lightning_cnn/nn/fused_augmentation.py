@@ -143,27 +143,18 @@ class FusedAugmentation(Warped):
         light = self.light_of(params) if "alpha" in params else torch.zeros(len(image), 3)
         arrays = [array.contiguous().numpy() for array in (params["u"].float(), light.float())]
         does = (self.bends, flags["fill"] == "border", self.moves, self.colours)
-        return torch.from_numpy(
-            warp_colour(
-                image.contiguous(memory_format=layout).numpy(),
-                *arrays,
-                self._compiled_knobs(),
-                *does,
-                size_out,
-                torch.get_num_threads(),
-            )
-        )
+        picture = image.contiguous(memory_format=layout).numpy()
+        return torch.from_numpy(warp_colour(picture, *arrays, self._compiled_knobs(), *does, size_out, torch.get_num_threads()))
 
     def _compiled_knobs(self) -> Any:
         from lightning_cnn.kernels.augment_terms import Knobs
 
         knob = self.knobs
-        area, ratio, scale = knob["crop"] or (1.0, 1.0), knob["crop_ratio"], knob["scale"]
-        return Knobs(
-            knob["flip"], knob["flip_vertical"], knob["crop"] is not None, *map(float, area), *map(math.log, ratio), float(knob["pad_crop_px"]),
-            *map(float, scale), math.log1p(knob["stretch"]), math.radians(knob["rotate_deg"]), math.radians(knob["shear_deg"]), knob["translate"],
-            knob["brightness"], knob["contrast"], knob["saturation"], 2 * math.pi * knob["hue"], knob["lens"], knob["lens_tangential"],
-        )  # fmt: skip
+        ranges = [*(knob["crop"] or (1.0, 1.0)), *map(math.log, knob["crop_ratio"]), knob["pad_crop_px"], *knob["scale"]]
+        sizes = [math.log1p(knob["stretch"]), math.radians(knob["rotate_deg"]), math.radians(knob["shear_deg"]), knob["translate"]]
+        sizes += [knob[name] for name in ("brightness", "contrast", "saturation")]
+        sizes += [2 * math.pi * knob["hue"], knob["lens"], knob["lens_tangential"]]
+        return Knobs(float(knob["flip"]), float(knob["flip_vertical"]), knob["crop"] is not None, *map(float, ranges + sizes))
 
     def affine_of(self, params: Params) -> Tensor:
         knob, (size_in, out) = self.knobs, self._sizes(params)
