@@ -14,19 +14,20 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.optim import Optimizer
 
 from lightning_cnn.errors import DataError, raise_all
+from lightning_cnn.strategy._average import average
 from lightning_cnn.strategy._doctor import Diagnosis, batch_norms, check
+from lightning_cnn.strategy._owners import Scattered
 from lightning_cnn.strategy._watched import Watched
 
 log = logging.getLogger(__name__)
 
 
-class OneWeirdTrick(Watched, ModelParallelStrategy):
+class OneWeirdTrick(Scattered, Watched, ModelParallelStrategy):
     """Each process has its share of the batch in the convolutions, and its share of the outputs in every fully connected layer.
 
     Convolutions have few weights and many activations, fully connected layers the reverse: so the gradients of the former are averaged,
@@ -136,20 +137,6 @@ class OneWeirdTrick(Watched, ModelParallelStrategy):
                 kept = optimizer.state.pop(p).items()
                 optimizer.state[others[p]] = {k: change(v) if isinstance(v, Tensor) and v.shape == p.shape else v for k, v in kept}
 
-    def on_train_end(self) -> None:
-        self._unite()
-
-    def on_validation_end(self) -> None:
-        assert self.lightning_module is not None
-        if self.lightning_module.trainer.state.fn == TrainerFn.VALIDATING:
-            self._unite()
-
-    def on_test_end(self) -> None:
-        self._unite()
-
-    def on_predict_end(self) -> None:
-        self._unite()
-
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         batch = super().batch_to_device(batch, device, dataloader_idx)
         sizes: list[int] = []
@@ -173,11 +160,7 @@ class OneWeirdTrick(Watched, ModelParallelStrategy):
         for gradient in gradients:
             if isinstance(gradient, DTensor):  # the sum over everybody's samples already
                 gradient.to_local().div_(self.world_size)
-        if plain := [g for g in gradients if not isinstance(g, DTensor)]:
-            flat = _flatten_dense_tensors(plain)
-            dist.all_reduce(flat)
-            for gradient, mean in zip(plain, _unflatten_dense_tensors(flat.div_(self.world_size), plain), strict=True):
-                gradient.copy_(mean)
+        average([g for g in gradients if not isinstance(g, DTensor)])
 
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
         """By the norm of the whole gradient: of what is divided, every process's part counts."""
