@@ -59,7 +59,10 @@ class SwappedConv2d(nn.Conv2d):
         """Record what is asked for, and tell whether every pass of it is the default: then the operator would only cost time."""
         grad = torch.is_grad_enabled()
         needs = (grad and input.requires_grad, grad and weight.requires_grad)
-        generation = _tuner.tuner_for(self._plan).generation if self._plan.startswith("auto") else 0
+        tuner = _tuner.tuner_for(self._plan) if self._plan.startswith("auto") else None
+        if tuner and tuner.paused:
+            return True
+        generation = tuner.generation if tuner else 0
         autocast = torch.is_autocast_enabled(input.device.type)
         asked = (input.shape, input.stride(), input.dtype, autocast, needs, torch.get_num_threads(), generation)
         if asked not in self._stock:
