@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lightning_cnn.conv import _tuner
 from lightning_cnn.conv._call import NAMES, ROLES, Call, Role
@@ -166,6 +167,8 @@ def _plain(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
     if torch._C._get_tracing_state() is not None or torch._C._functorch.is_functorch_wrapped_tensor(tensors[0]):  # pyright: ignore
+        return False
+    if getattr(_get_current_dispatch_mode(), "as_written", False):
         return False
     return all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type in ("cpu", "cuda") for tensor in tensors)
 

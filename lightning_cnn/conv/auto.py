@@ -8,6 +8,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_cnn.conv import _confirm, _swap
+from lightning_cnn.conv._report import Report, report
 
 MEASURING = 2  # batches: one in which the layers are measured, one in which they look the choices up
 log = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ class ConvAlgorithm(Callback):
         self.trial_batches, self.recheck_epochs = trial_batches, recheck_epochs
         self._trial: _confirm.Trial | None = None
         self._batches, self._started = 0, 0.0
-        self.report: Any = None
+        self.report: Report | None = None
         _swap.check(self.algorithm, **self.options)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -84,10 +86,10 @@ class ConvAlgorithm(Callback):
                 tuner.recheck()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._finish(pl_module)
+        self._finish(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._finish(pl_module)
+        self._finish(trainer, pl_module)
 
     def _swap(self, pl_module: LightningModule) -> None:
         if not _swap.swapped(pl_module):
@@ -119,18 +121,29 @@ class ConvAlgorithm(Callback):
             for tuner in _swap.tuners(pl_module):
                 tuner.tune_pending()
 
-    def _finish(self, pl_module: LightningModule) -> None:
-        from lightning_cnn.conv._report import report
-
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not _swap.swapped(pl_module):
             return
         _confirm.pause(pl_module, False)
         self.report = report(pl_module)
         _swap.restore(pl_module)
+        folder = trainer.log_dir if trainer.logger else None
+        if folder and trainer.is_global_zero:
+            write(self.report, Path(folder))
         chosen = Counter(row.algorithm for row in self.report.rows)
         log.info(
             "Convolution passes by algorithm: %s.", ", ".join(f"{name} {many}" for name, many in chosen.most_common()) or "none seen"
         )
+
+
+def write(found: Report, folder: Path) -> None:
+    """`convolutions.txt`, the table, and `convolutions.png`, the time of each pass where it was measured."""
+    from lightning_cnn.plot import conv_report
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "convolutions.txt").write_text(f"{found}\n")
+    if any(row.seconds for row in found.rows):
+        conv_report(found.rows).savefig(folder / "convolutions.png")
 
 
 def _alone(trainer: Trainer) -> bool:

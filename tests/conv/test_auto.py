@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -110,6 +111,15 @@ def test_choices_with_which_the_whole_step_is_slower_are_taken_back(monkeypatch,
     fit(callback, max_epochs=3)
     assert {row.algorithm for row in callback.report.rows if row.role == "forward"} == {kept}
     assert not tuner.paused
+
+
+@pytest.mark.parametrize(("algorithm", "files"), [("auto", ["convolutions.png", "convolutions.txt"]), ("fft", ["convolutions.txt"])])
+def test_the_run_s_folder_has_the_table_and_where_something_was_measured_the_picture(tmp_path, algorithm, files):
+    logger = CSVLogger(tmp_path, name="", version="")
+    callback = ConvAlgorithm(algorithm=algorithm, cache=None)
+    fit(callback, logger=logger, max_epochs=1)
+    assert sorted(path.name for path in tmp_path.glob("convolutions.*")) == files
+    assert (tmp_path / "convolutions.txt").read_text() == f"{callback.report}\n"
 
 
 def test_the_report_reads_as_a_table():
