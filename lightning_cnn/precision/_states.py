@@ -146,7 +146,7 @@ def _stored(place: Any, value: Tensor, piece: Piece, storage: str, key: dict[str
     return place
 
 
-def portable(optimizer: Optimizer, store: Callable[[Tensor], None]) -> None:
+def portable(optimizer: Optimizer, storage: str, store: Callable[[Tensor], None]) -> None:
     """Let checkpoints hold plain tensors, and let loading keep them as they are before `store` puts them away.
 
     `Optimizer.load_state_dict` casts every state to its parameter's dtype, which would round float32 moments to bfloat16.
@@ -156,7 +156,7 @@ def portable(optimizer: Optimizer, store: Callable[[Tensor], None]) -> None:
     def save(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         owners = dict(zip(_ids(state_dict), parameters(optimizer), strict=True))
         state_dict["state"] = {
-            number: {name: value.unpack(owners[number]) if isinstance(value, Packed) else value for name, value in state.items()}
+            number: {name: _plain(value, owners[number], storage) for name, value in state.items()}
             for number, state in state_dict["state"].items()
         }
 
@@ -174,6 +174,13 @@ def portable(optimizer: Optimizer, store: Callable[[Tensor], None]) -> None:
     optimizer.register_state_dict_post_hook(save)
     optimizer.register_load_state_dict_pre_hook(before)
     optimizer.register_load_state_dict_post_hook(after)
+
+
+def _plain(value: Any, owner: Tensor, storage: str) -> Any:
+    if isinstance(value, Packed):
+        return value.unpack(owner)
+    # torch.distributed makes empty moments in the parameter's type before it loads those of a checkpoint into them
+    return value.float() if storage != "bf16" and is_moment(value, owner) and value.itemsize < 4 else value
 
 
 def _ids(state_dict: dict[str, Any]) -> list[Any]:

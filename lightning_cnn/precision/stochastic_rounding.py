@@ -79,7 +79,7 @@ class StochasticRounding(Precision):
         self._optimizers = list(optimizers)
         self._steps = self._steps if len(self._steps) == len(optimizers) else [0] * len(optimizers)
         for optimizer in optimizers:
-            _states.portable(optimizer, lambda parameter, optimizer=optimizer: self._store(optimizer, parameter))
+            _states.portable(optimizer, self.states, lambda parameter, optimizer=optimizer: self._store(optimizer, parameter))
         return model, optimizers, lr_schedulers
 
     def forward_context(self) -> AbstractContextManager:
