@@ -49,6 +49,7 @@ class OneWeirdTrick(Scattered, Watched, ModelParallelStrategy):
         )
         self.timeout_s = timeout_s
         self._hooks: list[tuple[dict, int]] = []  # those that divide the layers
+        self._samples = self._most = self._least = 0  # in the batch at hand: here, and on the ranks with the most and the least
 
     @property
     def _num_nodes(self) -> int:
@@ -108,7 +109,11 @@ class OneWeirdTrick(Scattered, Watched, ModelParallelStrategy):
         tables: list[dict] = [table for layer in layers for table in (layer._forward_pre_hooks, layer._forward_hooks)]
         before, old = [set(table) for table in tables], _parameters(layers)
         plan: Any = {name: ColwiseParallel(input_layouts=Shard(0), output_layouts=Shard(0)) for name in names}
+        for layer in layers:
+            layer.register_forward_pre_hook(self._fill)
         parallelize_module(module, mesh, plan)
+        for layer in layers:
+            layer.register_forward_hook(self._cut)
         self._hooks = [(table, key) for table, keys in zip(tables, before, strict=True) for key in table if key not in keys]
         self._replaced(old, _parameters(layers), lambda t: distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None))
         log.info("OneWeirdTrick: %d processes share the outputs of %s", self.world_size, ", ".join(names))
@@ -144,12 +149,23 @@ class OneWeirdTrick(Scattered, Watched, ModelParallelStrategy):
         if self.world_size > 1 and sizes:
             ends = torch.tensor([sizes[0], -sizes[0]], device=self.root_device)
             dist.all_reduce(ends, dist.ReduceOp.MAX)
-            if int(ends.sum()):
-                raise DataError(
-                    f"rank {self.global_rank} was given {sizes[0]} samples, and the ranks' batches have {-int(ends[1])} to {int(ends[0])}. "
-                    "The fully connected layers gather all of them and need equal numbers: use drop_last=True or another batch size."
-                )
+            self._samples, self._most, self._least = sizes[0], int(ends[0]), -int(ends[1])
         return batch
+
+    def _fill(self, layer: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Before a divided layer: zeros up to the largest batch. DTensor wants equal parts, and zeros add nothing to a gradient."""
+        x = given[0]
+        if self._least == self._most:
+            return None
+        if len(x) != self._samples:
+            raise DataError(
+                f"rank {self.global_rank} was given {self._samples} samples, and the ranks' batches have {self._least} to {self._most}, but a "
+                f"fully connected layer has {len(x)} rows. Only rows that are samples can be evened out: use drop_last=True."
+            )
+        return (nn.functional.pad(x, (*[0, 0] * (x.dim() - 1), 0, self._most - len(x))), *given[1:])
+
+    def _cut(self, layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return None if self._least == self._most else output[: self._samples]
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Sum or average over the processes once all batches of a step are in."""
