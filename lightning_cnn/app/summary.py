@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_cnn.app import _build
 from lightning_cnn.functional.batch import image_key, read
+from lightning_cnn.functional.roofline import roofline
 from lightning_cnn.nn.architecture import architecture
 from lightning_cnn.plot import architecture_chart
 
@@ -17,7 +18,7 @@ def run(config: DictConfig, folder: Path) -> None:
     config = _build.resolved(config, folder)
     data = _build.data(config)
     image = torch.zeros(1, *config.picture) if config.picture else _first_picture(data)
-    found = architecture(_build.model(config, data), image)
+    found = architecture(_build.model(config, data), image, best=roofline())
     (folder / "summary.txt").write_text(f"{found}\n")
     architecture_chart(found.rows, picture_px=image.shape[-2]).savefig(folder / "summary.png")
     print(found)

@@ -6,6 +6,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_cnn.functional.batch import image_key, read
+from lightning_cnn.functional.roofline import roofline
 from lightning_cnn.nn.architecture import Architecture, architecture
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class ArchitectureSummary(Callback):
             return
         image = read(batch, image_key(batch))[:1]
         with trainer.precision_plugin.forward_context():  # on every process: sharded weights are gathered by all
-            self.found = architecture(pl_module, image)
+            self.found = architecture(pl_module, image, best=roofline(image.device))
         total = self.found
         log.info("%.1f million multiply-adds, %.2f million parameters.", total.multiply_adds / 1e6, total.parameters / 1e6)
         folder = self.folder or (trainer.log_dir if trainer.logger else None)

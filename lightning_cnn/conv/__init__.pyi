@@ -1,3 +1,4 @@
+from ._confirm import confirm as confirm
 from ._report import Report as Report
 from ._report import report as report
 from ._swap import restore as restore

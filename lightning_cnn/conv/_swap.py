@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lightning_cnn.conv import _tuner
 from lightning_cnn.conv._call import NAMES, ROLES, Call, Role
@@ -59,7 +60,10 @@ class SwappedConv2d(nn.Conv2d):
         """Record what is asked for, and tell whether every pass of it is the default: then the operator would only cost time."""
         grad = torch.is_grad_enabled()
         needs = (grad and input.requires_grad, grad and weight.requires_grad)
-        generation = _tuner.tuner_for(self._plan).generation if self._plan.startswith("auto") else 0
+        tuner = _tuner.tuner_for(self._plan) if self._plan.startswith("auto") else None
+        if tuner and tuner.paused:
+            return True
+        generation = tuner.generation if tuner else 0
         autocast = torch.is_autocast_enabled(input.device.type)
         asked = (input.shape, input.stride(), input.dtype, autocast, needs, torch.get_num_threads(), generation)
         if asked not in self._stock:
@@ -163,6 +167,8 @@ def _plain(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
     if torch._C._get_tracing_state() is not None or torch._C._functorch.is_functorch_wrapped_tensor(tensors[0]):  # pyright: ignore
+        return False
+    if getattr(_get_current_dispatch_mode(), "as_written", False):
         return False
     return all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type in ("cpu", "cuda") for tensor in tensors)
 

@@ -2,9 +2,8 @@
 
 import json
 import logging
-import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -19,8 +18,10 @@ from lightning_cnn.conv._store import Store, default_folder
 SWITCH_ABOVE = 1.10
 OVERHEAD_S = 4e-5  # what a pass through the operator costs more than a stock one; measured 15 to 75 microseconds
 ROUNDS, HOPELESS = 9, 1.5
-WINS = 7 / 9  # of the rounds: a choice that owes its median to a busy machine loses some (by chance: once in 11)
+PATIENCE = 3  # times ROUNDS, for a machine that is busy with something else
+STEADY, JITTER_S = 1.25, 2e-5  # the typical run against the fastest one, where nothing else disturbs
 EVICTED_BYTES = 32 << 20
+BUSY = "the machine was too busy to measure anything"
 log = logging.getLogger(__name__)
 
 
@@ -73,15 +74,16 @@ class Tuner:
     decisions: dict[Call, Decision] = field(default_factory=dict)
     pending: dict[Call, None] = field(default_factory=dict)
     generation: int = 0  # moves whenever a decision does
+    paused: bool = False  # everything by the default for a while, to compare
 
     def choose(self, call: Call) -> str:
-        if min(call.y) == 0:
+        if min(call.y) == 0 or self.paused:
             return "default"
         if call not in self.decisions:
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 self.pending[call] = None  # A rank that stopped to measure would let the others wait; `tune_pending` is called by all
                 return "default"
-            self._adopt(self.measure([call]))
+            self.decide(self.measure([call]))
         return self.decisions[call].algorithm
 
     def tune_pending(self) -> int:
@@ -91,7 +93,7 @@ class Tuner:
         """
         calls = _union(self.pending)
         if calls:
-            self._adopt(_from_rank_0(lambda: self.measure(calls)))
+            self.decide(_from_rank_0(lambda: self.measure(calls)))
         self.pending.clear()
         return len(calls)
 
@@ -101,7 +103,7 @@ class Tuner:
         again = _from_rank_0(lambda: {call: self._revised(call, self.decisions[call]) for call in _union(dict.fromkeys(chosen))})
         reverted = [call for call, decision in again.items() if decision.algorithm == "default"]
         if reverted:
-            self._adopt({call: again[call] for call in reverted})
+            self.decide({call: again[call] for call in reverted})
             log.info("Reverted %d choices that turned out slower than the default.", len(reverted))
         return reverted
 
@@ -113,10 +115,11 @@ class Tuner:
                 remembered = self.store.get(call)
                 candidates, refused = self._candidates(call, NAMES if remembered is None else {"default", remembered})
                 decisions[call] = self._decide(call, candidates, refused)
-        self.store.put({call: decision.algorithm for call, decision in decisions.items()})
+        self.store.put({call: decision.algorithm for call, decision in decisions.items() if decision.reason != BUSY})
         return decisions
 
-    def _adopt(self, decisions: dict[Call, Decision]) -> None:
+    def decide(self, decisions: dict[Call, Decision]) -> None:
+        """Let these decisions hold from now on."""
         self.decisions.update(decisions)
         self.generation += 1
 
@@ -134,16 +137,18 @@ class Tuner:
     def _decide(self, call: Call, candidates: list[str], refused: dict[str, str]) -> Decision:
         candidates, failed = self._that_run(call, candidates)
         times = self._race(call, candidates)
-        seconds = {name: statistics.median(values) + (name != "default") * OVERHEAD_S for name, values in times.items()}
+        seconds = {name: typical(values) + (name != "default") * OVERHEAD_S for name, values in times.items()}
         default, runner_up = seconds["default"], "; ".join(f"{name} failed: {why}" for name, why in failed.items())
+        if not _steady(times["default"]):
+            return Decision("default", default, default, None, 0, BUSY)
         for name in sorted(seconds, key=lambda name: seconds[name]):
             ratio = default / seconds[name]
             if name == "default" or ratio <= SWITCH_ABOVE:
                 break
-            if not _wins(times["default"], times[name]):
-                runner_up = f"{name} has the better median ({ratio:.2f}x) but loses too many rounds"
+            if not _steady(times[name]):
+                runner_up = f"{name} is {ratio:.2f}x faster in some runs and not in others"
                 continue
-            warm = {each: statistics.median(values) for each, values in self._race(call, ["default", name], evict=False).items()}
+            warm = {each: typical(values) for each, values in self._race(call, ["default", name], evict=False).items()}
             if warm["default"] < warm[name] + OVERHEAD_S:  # Whoever holds the filters in the cache must not lose by the choice either
                 runner_up = f"{name} is {ratio:.2f}x faster on a cold cache but {warm['default'] / warm[name]:.2f}x on a warm one"
                 continue
@@ -160,7 +165,7 @@ class Tuner:
         return Decision("default", default, default, None, 0, reason)
 
     def _revised(self, call: Call, decision: Decision) -> Decision:
-        seconds = {name: statistics.median(values) for name, values in self._race(call, ["default", decision.algorithm]).items()}
+        seconds = {name: typical(values) for name, values in self._race(call, ["default", decision.algorithm]).items()}
         ratio = seconds["default"] / (seconds[decision.algorithm] + OVERHEAD_S)
         if ratio >= 1:
             return decision
@@ -183,10 +188,15 @@ class Tuner:
         return [name for name in names if name not in failed], failed
 
     def _race(self, call: Call, names: list[str], evict: bool = True) -> dict[str, list[float]]:
-        """Seconds of each, run in turns so that a slow moment of the machine hits all alike; the hopeless drop out early."""
+        """Seconds of each, run in turns so that a slow moment of the machine hits all alike; the hopeless drop out early.
+
+        Goes on for a while when the runs of one differ too much: a neighbour on the same cores makes every barrier wait for it.
+        """
         operands = example(call)
         times: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(ROUNDS if len(names) > 1 else 1):
+        for turn in range(PATIENCE * ROUNDS if len(names) > 1 else 1):
+            if turn >= ROUNDS and all(map(_steady, times.values())):
+                break
             for name in times:
                 times[name].append(self._timed(call, name, operands, evict))
             if turn == 1 and len(names) > 2:
@@ -199,9 +209,7 @@ class Tuner:
     def _timed(self, call: Call, name: str, operands: tuple[Tensor, Tensor, Tensor | None], evict: bool) -> float:
         if evict:
             _evict(call.device)
-        # One thread is timed by its own processor time, which a busy neighbour does not change
-        alone = call.device == "cpu" and call.threads == 1
-        clock = self.clock or (time.thread_time if alone else time.perf_counter)
+        clock = self.clock or now(call.device, call.threads)
         start = clock()
         load(name).compute(call, *operands)
         if call.device == "cuda":
@@ -209,9 +217,18 @@ class Tuner:
         return clock() - start
 
 
-def _wins(default: list[float], other: list[float]) -> bool:
-    won = sum(theirs > ours + OVERHEAD_S for theirs, ours in zip(default, other, strict=True))
-    return won >= WINS * len(other)
+def now(device: str, threads: int) -> Callable[[], float]:
+    """The clock to measure with: one thread by its own processor time, which a busy neighbour does not change."""
+    return time.thread_time if device == "cpu" and threads == 1 else time.perf_counter
+
+
+def typical(seconds: Sequence[float]) -> float:
+    """The lower quartile: what disturbs a run only ever makes it longer."""
+    return sorted(seconds)[len(seconds) // 4]
+
+
+def _steady(seconds: list[float]) -> bool:
+    return typical(seconds) <= STEADY * min(seconds) + JITTER_S
 
 
 def _sentence(refused: dict[str, str]) -> str:

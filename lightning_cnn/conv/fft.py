@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_cnn.conv._call import Call, nbytes, with_bias
+from lightning_cnn.conv._spectra import contract
 from lightning_cnn.conv._transformed import transformed
 from lightning_cnn.functional.conv import fft
 
@@ -24,9 +25,9 @@ def workspace(call: Call) -> int:
 
 def compute(call: Call, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     if call.role == "weight":
-        return fft.weight_gradient(a, b, call.kernel, call.geometry)
+        return fft.weight_gradient(a, b, call.kernel, call.geometry, contract)
     kind = ("fft", fft.transform_size(call.size, call.geometry), call.geometry.dilation)
     W = transformed(b, kind, lambda: fft.transform(b, call.size, call.geometry), call.keep)
     if call.role == "input":
-        return fft.input_gradient(a, b, call.size, call.geometry, W)
-    return with_bias(fft.forward(a, b, call.geometry, W), bias)
+        return fft.input_gradient(a, b, call.size, call.geometry, W, contract)
+    return with_bias(fft.forward(a, b, call.geometry, W, contract), bias)

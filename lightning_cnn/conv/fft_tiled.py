@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from lightning_cnn.conv._call import Call, nbytes, with_bias
+from lightning_cnn.conv._spectra import contract
 from lightning_cnn.conv._transformed import transformed
 from lightning_cnn.functional.conv import fft_tiled
-from lightning_cnn.functional.conv.geometry import span, tile_size
+from lightning_cnn.functional.conv.geometry import gradient_as_forward, span, tile_size
 
 
 def refuses(call: Call) -> str:
@@ -19,8 +20,7 @@ def refuses(call: Call) -> str:
 def workspace(call: Call) -> int:
     if call.role == "input":
         return workspace(call.as_forward())
-    reach = span(call.kernel, call.geometry.dilation)
-    tile = tile_size((call.y[2], call.y[3]), reach)
+    reach, tile = span(call.kernel, call.geometry.dilation), _tile(call)
     tiles = -(-call.y[2] // (tile - reach[0] + 1)) * -(-call.y[3] // (tile - reach[1] + 1))
     planes = (call.x[0] * call.x[1] + call.x[0] * call.weight[0]) * tiles + call.weight[0] * call.weight[1]
     double = torch.float64 if call.dtype == torch.float64 else torch.float32
@@ -29,10 +29,16 @@ def workspace(call: Call) -> int:
 
 def compute(call: Call, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     if call.role == "weight":
-        return fft_tiled.weight_gradient(a, b, call.kernel, call.geometry)
+        return fft_tiled.weight_gradient(a, b, call.kernel, call.geometry, _tile(call), contract)
     if call.role == "input":
-        return fft_tiled.input_gradient(a, b, call.size, call.geometry)
-    size = (call.y[2], call.y[3])
-    kind = ("fft_tiled", tile_size(size, span(call.kernel, call.geometry.dilation)), call.geometry.dilation)
-    W = transformed(b, kind, lambda: fft_tiled.transform(b, size, call.geometry), call.keep)
-    return with_bias(fft_tiled.forward(a, b, call.geometry, W), bias)
+        forward = call.as_forward()
+        g, mirrored, geometry = gradient_as_forward(a, b, call.geometry)
+        return fft_tiled.forward(g, mirrored, geometry, fft_tiled.transform(mirrored, _tile(forward), geometry), contract)
+    tile = _tile(call)
+    W = transformed(b, ("fft_tiled", tile, call.geometry.dilation), lambda: fft_tiled.transform(b, tile, call.geometry), call.keep)
+    return with_bias(fft_tiled.forward(a, b, call.geometry, W, contract), bias)
+
+
+def _tile(call: Call) -> int:
+    planes = (call.x[0], call.weight[1], call.weight[0])
+    return tile_size((call.y[2], call.y[3]), span(call.kernel, call.geometry.dilation), planes, call.keep and call.role == "forward")

@@ -19,6 +19,18 @@ class Roofline:
     bytes_per_s: float
     operation_s: float  # of an operation on one element, forward or backward
 
+    def attainable_s(self, flops: int, moved_bytes: int) -> float:
+        """The least time for `flops` operations on `moved_bytes` read and written once.
+
+        >>> Roofline(flops_per_s=100.0, bytes_per_s=10.0, operation_s=0.0).attainable_s(200, 10)
+        2.0
+        """
+        return max(flops / self.flops_per_s, moved_bytes / self.bytes_per_s)
+
+    def bound(self, flops: int, moved_bytes: int) -> str:
+        """What sets that time: 'compute' right of the roof's ridge, 'memory' left of it."""
+        return "compute" if flops / self.flops_per_s > moved_bytes / self.bytes_per_s else "memory"
+
 
 def roofline(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Roofline:
     """Measured once for each device, type and number of threads; takes about a fifth of a second."""
@@ -28,7 +40,8 @@ def roofline(device: torch.device | str = "cpu", dtype: torch.dtype = torch.floa
 @cache
 def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> Roofline:
     size = 4096 if device.type == "cuda" else 512
-    a = torch.rand(size, size, device=device).to(dtype)
+    noise = torch.Generator(device).manual_seed(0)  # nobody's random state moves
+    a = torch.rand(size, size, device=device, generator=noise).to(dtype)
     block = torch.empty(2**28 if device.type == "cuda" else 2**25, dtype=torch.uint8, device=device)
     to = torch.empty_like(block)
     one = torch.ones(1, device=device, requires_grad=True)

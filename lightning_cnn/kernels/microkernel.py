@@ -1,8 +1,9 @@
-"""Two inner loops held in vector registers; numba's loops spill them to memory, so they are written as LLVM instructions.
+"""Inner loops held in vector registers; numba's loops spill them to memory, so they are written as LLVM instructions.
 
 `multiply_6x16` is six rows and sixteen columns of a matrix product: twelve vector sums, two loads and six broadcasts a step, which is
 what the sixteen registers of AVX2 hold. `sandwich(matrix)` makes a loop that computes `matrix @ tile @ matrix.T` for eight channels
-at once, for any constant matrix. Both take flat float32 arrays and offsets into them.
+at once, for any constant matrix. `multiply_spectra` is a row and four columns of a complex product, four frequencies a vector. All take
+float32 arrays and offsets into them.
 
 Source: Goto & van de Geijn 2008, "Anatomy of high-performance matrix multiplication", section 5.
 """
@@ -69,6 +70,41 @@ def correlate_8(typingctx, a, a_at, b, b_at, outer, inner, b_outer, b_inner, b_s
         return context.get_dummy_value()
 
     return types.void(a, a_at, b, b_at, outer, inner, b_outer, b_inner, b_shift, out, out_at), generate
+
+
+@intrinsic
+def multiply_spectra(typingctx, a, a_at, b, b_at, out, out_at, column, depth, sign_a, sign_b):
+    """out[j] = sum over r < depth of a[r] * b[r, j], four complex numbers a vector; a factor whose sign is -1 is conjugated.
+
+    Real and imaginary parts alternate. The sums of real(a) * b and imag(a) * b are kept apart and joined at the end, so that a step
+    costs five loads, two shuffles and eight multiply-adds.
+    """
+
+    def generate(context, builder, signature, args):
+        A, B, out = (_start(context, builder, signature, args, i) for i in (0, 2, 4))
+        sums = [[cgutils.alloca_once_value(builder, ir.Constant(_VECTOR, None)) for _ in range(4)] for _ in range(2)]
+        for cell in (cell for half in sums for cell in half):
+            builder.store(ir.Constant(_VECTOR, None), cell)
+        with cgutils.for_range(builder, args[7]) as loop:
+            value = _load(builder, A, _sum(builder, (loop.index, LANES)))
+            parts = [builder.shuffle_vector(value, value, _lanes([i - i % 2 + part for i in range(LANES)])) for part in range(2)]
+            for j in range(4):
+                other = _load(builder, B, _sum(builder, (loop.index, 4 * LANES), j * LANES))
+                for part, cells in zip(parts, sums, strict=True):
+                    builder.store(_fma(builder, part, other, builder.load(cells[j])), cells[j])
+        # y = (ar br - sa sb ai bi, sb ar bi + sa ai br), from the sums (ar br, ar bi) and (ai br, ai bi)
+        sign_a, sign_b = _spread(builder, args[8]), _spread(builder, args[9])
+        one, alternate = ir.Constant(_VECTOR, [1.0] * LANES), _lanes([i if i % 2 == 0 else LANES + i for i in range(LANES)])
+        of_real = builder.shuffle_vector(one, sign_b, alternate)
+        of_imaginary = builder.shuffle_vector(builder.fneg(builder.fmul(sign_a, sign_b)), sign_a, alternate)
+        for j in range(4):
+            crossed = builder.load(sums[1][j])
+            crossed = builder.shuffle_vector(crossed, crossed, _lanes([i ^ 1 for i in range(LANES)]))
+            value = _fma(builder, crossed, of_imaginary, builder.fmul(builder.load(sums[0][j]), of_real))
+            _store(builder, value, out, _sum(builder, (args[6], j)))
+        return context.get_dummy_value()
+
+    return types.void(a, a_at, b, b_at, out, out_at, column, depth, sign_a, sign_b), generate
 
 
 @intrinsic

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_cnn.errors import ConfigurationError, UnsupportedLayerError
 from lightning_cnn.functional.receptive_field import Field
+from lightning_cnn.functional.roofline import Roofline
 from lightning_cnn.nn._field_tracker import FieldTracker
 
 
@@ -48,6 +49,11 @@ class Architecture:
     rows: tuple[Row, ...]
     parameters: int
     multiply_adds: int
+    best: Roofline | None = None
+
+    def attainable_s(self, row: Row) -> float:
+        """The least time for a layer on the device that `best` was measured on."""
+        return self.best.attainable_s(2 * row.multiply_adds, row.moved_bytes) if self.best else 0.0
 
     @property
     def activation_bytes(self) -> int:
@@ -63,13 +69,27 @@ class Architecture:
     def __str__(self) -> str:
         head = ("layer", "kind", "kernel", "output", "parameters", "MAdd", "act. MiB", "flop/B", "field", "stride", "offset")
         total = ("total", "", "", "", f"{self.parameters:,}", _big(self.multiply_adds), f"{self.activation_bytes / 2**20:.2f}")
-        return _table([head, *(_cells(row) for row in self.rows), (*total, "", "", "", "")])
+        lines = [head, *(_cells(row) for row in self.rows), (*total, "", "", "", "")]
+        return _table(lines if self.best is None else self._with_roof(lines, self.best))
+
+    def _with_roof(self, lines: list[tuple[str, ...]], best: Roofline) -> list[tuple[str, ...]]:
+        """Behind the intensity, what bounds each layer and the time it needs at least."""
+        times = [self.attainable_s(row) for row in self.rows]
+        bounds = [best.bound(2 * row.multiply_adds, row.moved_bytes) for row in self.rows]
+        cells = [
+            ("bound", "best ms"),
+            *((bound, f"{1e3 * s:.3f}") for bound, s in zip(bounds, times, strict=True)),
+            ("", f"{1e3 * sum(times):.3f}"),
+        ]
+        return [(*line[:8], *more, *line[8:]) for line, more in zip(lines, cells, strict=True)]
 
 
-def architecture(model: nn.Module, *inputs: Any) -> Architecture:
+def architecture(model: nn.Module, *inputs: Any, best: Roofline | None = None) -> Architecture:
     """Run `model(*inputs)` once in evaluation mode, without gradients, and read off its layers; the first tensor is the picture.
 
-    The model is left as it was, its training flags included. Swapped convolutions are seen as kernels of another library: restore first.
+    `best` is what the device can do (`lightning_cnn.functional.roofline.roofline()`): with it the table says what bounds each layer, and
+    the time it needs at least. The model is left as it was, its training flags included. Swapped convolutions run, for this pass, in
+    torch's way.
 
     Raises:
         ConfigurationError: there is no picture (b c h w) among the inputs.
@@ -80,7 +100,7 @@ def architecture(model: nn.Module, *inputs: Any) -> Architecture:
         raise ConfigurationError(f"architecture() needs a batch of pictures (b c h w) as its first tensor; got {got}.")
     with torch.inference_mode(), evaluating(model), FieldTracker(picture) as tracker, _watched(model, tracker) as rows:
         model(*inputs)
-    return Architecture(tuple(rows), sum(p.numel() for p in model.parameters()), tracker.multiply_adds)
+    return Architecture(tuple(rows), sum(p.numel() for p in model.parameters()), tracker.multiply_adds, best)
 
 
 def effective_field(model: nn.Module, layer: str, image: Tensor) -> Tensor:

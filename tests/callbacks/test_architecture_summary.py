@@ -7,6 +7,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_cnn.callbacks import ArchitectureSummary
+from lightning_cnn.conv import swap
+from lightning_cnn.conv._swap import tuners
 
 
 class Net(LightningModule):
@@ -24,10 +26,12 @@ class Net(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fitted(callback, **options):
+def fitted(callback, model=None, **options):
     data = [{"image": torch.rand(4, 3, 8, 8), "label": torch.tensor([0, 1, 0, 1])}] * 2
     quiet = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
-    Trainer(accelerator="cpu", max_epochs=1, callbacks=[callback], **quiet, **options).fit(Net(), DataLoader(data, batch_size=None))
+    Trainer(accelerator="cpu", max_epochs=1, callbacks=[callback], **quiet, **options).fit(
+        model or Net(), DataLoader(data, batch_size=None)
+    )
     return callback
 
 
@@ -48,3 +52,14 @@ def test_without_a_logger_no_file_is_written(tmp_path, monkeypatch):
 def test_a_folder_of_its_own(tmp_path):
     fitted(ArchitectureSummary(folder=str(tmp_path / "here")), logger=False)
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["architecture.png", "architecture.txt"]
+
+
+def test_swapped_convolutions_are_counted_as_torch_computes_them_and_measured_for_no_new_shape():
+    """The pass over one picture must not set the tuner to work."""
+    model = swap(Net(), "auto", cache=None, max_error=0.03)  # a tuner of this test's own
+    alone, together = (fitted(ArchitectureSummary(), logger=False, model=each).found for each in (Net(), model))
+    assert together.multiply_adds == alone.multiply_adds
+    assert together["net.0"].seen == alone["net.0"].seen
+    assert together["net.0"].kind == "SwappedConv2d"
+    (tuner,) = tuners(model)
+    assert {call.x[0] for call in tuner.decisions} == {4}

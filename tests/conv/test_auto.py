@@ -4,11 +4,12 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_cnn.conv import ConvAlgorithm, report
+from lightning_cnn.conv import ConvAlgorithm, _tuner, auto, report
 from lightning_cnn.conv._swap import SwappedConv2d
 from lightning_cnn.errors import ConfigurationError, NoEffectWarning
 
@@ -91,6 +92,34 @@ def test_mistakes_are_found_at_construction_and_a_model_without_convolutions_is_
     model.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with pytest.warns(NoEffectWarning, match="no plain nn.Conv2d"):
         fit(ConvAlgorithm(algorithm="fft"), model, max_epochs=1)
+
+
+@pytest.mark.parametrize(("slow", "kept"), [(False, "fft"), (True, "default")])
+def test_choices_with_which_the_whole_step_is_slower_are_taken_back(monkeypatch, slow, kept):
+    """A step takes a second by the default and more or less with the choices, says the clock."""
+    settings = {"cache": None, "max_error": 0.01 if slow else 0.02}  # a tuner of this test's own
+    callback, clock = ConvAlgorithm(algorithm="auto", trial_batches=2, recheck_epochs=0, **settings), [0.0]
+    said = _tuner.Decision("fft", 1, 2, 0, 0, "said")
+    monkeypatch.setattr(_tuner.Tuner, "measure", lambda self, calls: dict.fromkeys(calls, said))
+    tuner = _tuner.tuner_for(_tuner.Settings(**settings).plan())
+
+    def seconds(_):
+        clock[0] += 1.0 if tuner.paused else 1.5 if slow else 0.5
+        return clock[0]
+
+    monkeypatch.setattr(auto, "_seconds", seconds)
+    fit(callback, max_epochs=3)
+    assert {row.algorithm for row in callback.report.rows if row.role == "forward"} == {kept}
+    assert not tuner.paused
+
+
+@pytest.mark.parametrize(("algorithm", "files"), [("auto", ["convolutions.png", "convolutions.txt"]), ("fft", ["convolutions.txt"])])
+def test_the_run_s_folder_has_the_table_and_where_something_was_measured_the_picture(tmp_path, algorithm, files):
+    logger = CSVLogger(tmp_path, name="", version="")
+    callback = ConvAlgorithm(algorithm=algorithm, cache=None)
+    fit(callback, logger=logger, max_epochs=1)
+    assert sorted(path.name for path in tmp_path.glob("convolutions.*")) == files
+    assert (tmp_path / "convolutions.txt").read_text() == f"{callback.report}\n"
 
 
 def test_the_report_reads_as_a_table():

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch.nn.functional import conv2d
 
 from lightning_cnn.conv._winograd import transform_packed
-from lightning_cnn.functional.conv import default
+from lightning_cnn.functional.conv import default, fft
 from lightning_cnn.functional.conv import winograd as reference
 from lightning_cnn.functional.conv.geometry import Geometry
-from lightning_cnn.kernels import threads, winograd
+from lightning_cnn.kernels import spectra, threads, winograd
 from lightning_cnn.kernels.depthwise import depthwise, depthwise_weight
 
 
@@ -65,3 +65,21 @@ def test_torch_keeps_its_own_number_of_threads(many):
     before = torch.get_num_threads()
     assert 1 <= threads.use(many) <= many
     assert torch.get_num_threads() == before
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_products_of_spectra_for_any_sizes_and_any_share_of_the_work(data):
+    """Panels that hang over, groups, transposed factors, either conjugate; double precision is the judge."""
+    draw = data.draw
+    groups, i, j, r = (draw(st.integers(1, high)) for high in (3, 5, 9, 5))
+    a = torch.randn(groups, r, i, 8, 5, dtype=torch.complex64).transpose(1, 2)
+    b = torch.randn(groups, j, r, 8, 5, dtype=torch.complex64)
+    conjugate = draw(st.sampled_from(["", "a", "b"]))
+    block = draw(st.sampled_from([8, 16, 80]))
+    out = torch.full((groups, i, j, 8, 5), torch.nan, dtype=torch.complex64)
+    arrays = (torch.view_as_real(each).flatten(3).unflatten(3, (-1, block)).numpy() for each in (a, b, out))
+    signs = (np.float32(-1 if conjugate == factor else 1) for factor in "ab")
+    spectra.contract(*arrays, *signs, draw(st.integers(1, 3)))
+    exact = fft.contract(a.to(torch.complex128), b.to(torch.complex128), conjugate)
+    assert (out - exact).abs().max() <= 8 * r * 2.0**-23 * 10

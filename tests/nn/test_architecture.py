@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model
 
 from lightning_cnn.errors import ConfigurationError, UnsupportedLayerError
+from lightning_cnn.functional.roofline import Roofline
 from lightning_cnn.nn.architecture import architecture, effective_field, effective_size
 
 
@@ -154,3 +155,16 @@ def test_refusals_say_what_to_give():
         effective_field(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Flatten()), "1", torch.rand(1, 3, 8, 8))
     with pytest.raises(KeyError, match="No layer 'body' ran"):
         architecture(nn.Conv2d(3, 3, 3), torch.rand(1, 3, 8, 8))["body"]
+
+
+def test_the_roof_says_what_bounds_a_layer_and_its_least_time():
+    """A 1x1 convolution to one channel reads more than it computes; a 9x9 one computes more than it reads."""
+    model = nn.Sequential(nn.Conv2d(8, 1, 1), nn.Conv2d(1, 8, 9))
+    found = architecture(model, torch.rand(1, 8, 20, 20), best=Roofline(1e9, 2e8, 0.0))
+    moved = 4 * (8 * 400 + 9 + 400)
+    assert found.attainable_s(found["0"]) == moved / 2e8
+    assert found.attainable_s(found["1"]) == 2 * 144 * 8 * 81 / 1e9
+    lines = str(found).splitlines()
+    assert "memory" in lines[2]
+    assert "compute" in lines[3]
+    assert lines[-1].split()[-1] == f"{1e3 * sum(map(found.attainable_s, found.rows)):.3f}"

@@ -6,6 +6,8 @@ conjugate a different factor. A stride is computed in full and thinned out after
 Source: Mathieu, Henaff & LeCun 2013, "Fast training of convolutional networks through FFTs", arXiv:1312.5851, section 2.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Complex, Float
@@ -13,12 +15,24 @@ from torch import Tensor
 
 from lightning_cnn.functional.conv.geometry import PLAIN, Geometry, Pair, fast_size, output_size, span, spread
 
+Contract = Callable[[Tensor, Tensor, str], Tensor]
+
+
+def contract(a: Complex[Tensor, "g i r h w"], b: Complex[Tensor, "g j r h w"], conjugate: str = "") -> Complex[Tensor, "g i j h w"]:
+    """The sum over r of a[g, i, r] b[g, j, r] at every frequency; `conjugate` names the factor to conjugate, 'a' or 'b'.
+
+    Every convolution by Fourier transforms is this one product; `lightning_cnn.kernels.spectra` computes it faster.
+    """
+    a, b = a.conj_physical() if conjugate == "a" else a, b.conj_physical() if conjugate == "b" else b
+    return torch.einsum("girhw,gjrhw->gijhw", a, b)
+
 
 def forward(
     x: Float[Tensor, "b c h w"],
     weight: Float[Tensor, "k c_g r s"],
     geometry: Geometry = PLAIN,
     transformed: Complex[Tensor, "k c_g fh fw"] | None = None,
+    contract: Contract = contract,
 ) -> Float[Tensor, "b k ho wo"]:
     """y = x * w; `transformed` is `transform(weight, ...)` where the caller has kept it."""
     size = (x.shape[2], x.shape[3])
@@ -26,7 +40,7 @@ def forward(
     frequencies = transform_size(size, geometry)
     W = transform(weight, size, geometry) if transformed is None else transformed
     X = _rfft(F.pad(x, (geometry.padding[1],) * 2 + (geometry.padding[0],) * 2), frequencies)
-    y = torch.fft.irfft2(_over_input_channels(X, W.conj_physical(), geometry.groups), s=frequencies)
+    y = torch.fft.irfft2(over_input_channels(X, W, geometry.groups, contract), s=frequencies)
     vertical, horizontal = geometry.stride
     return y[:, :, : high * vertical : vertical, : wide * horizontal : horizontal].to(x.dtype)
 
@@ -37,25 +51,29 @@ def input_gradient(
     size: Pair,
     geometry: Geometry = PLAIN,
     transformed: Complex[Tensor, "k c_g fh fw"] | None = None,
+    contract: Contract = contract,
 ) -> Float[Tensor, "b c h w"]:
     """The full convolution of g with the filters, cut to the picture's `size`."""
     frequencies = transform_size(size, geometry)
     W = transform(weight, size, geometry) if transformed is None else transformed
     G = _rfft(spread(g, geometry.stride), frequencies)
-    by_input = W.unflatten(0, (geometry.groups, -1)).transpose(1, 2).flatten(0, 1)
-    gx = torch.fft.irfft2(_over_input_channels(G, by_input, geometry.groups), s=frequencies)
+    gx = torch.fft.irfft2(over_output_channels(G, W, geometry.groups, contract), s=frequencies)
     top, left = geometry.padding
     return gx[:, :, top : top + size[0], left : left + size[1]].to(g.dtype)
 
 
 def weight_gradient(
-    x: Float[Tensor, "b c h w"], g: Float[Tensor, "b k ho wo"], size: Pair, geometry: Geometry = PLAIN
+    x: Float[Tensor, "b c h w"],
+    g: Float[Tensor, "b k ho wo"],
+    size: Pair,
+    geometry: Geometry = PLAIN,
+    contract: Contract = contract,
 ) -> Float[Tensor, "k c_g r s"]:
     """The correlation of x with g, at the taps."""
     frequencies = transform_size((x.shape[2], x.shape[3]), geometry)
     X = _rfft(F.pad(x, (geometry.padding[1],) * 2 + (geometry.padding[0],) * 2), frequencies)
-    G = _rfft(spread(g, geometry.stride), frequencies).conj_physical()
-    taps = torch.fft.irfft2(_over_batch(X, G, geometry.groups), s=frequencies)
+    G = _rfft(spread(g, geometry.stride), frequencies)
+    taps = torch.fft.irfft2(over_pictures(X, G, geometry.groups, contract), s=frequencies)
     high, wide = span(size, geometry.dilation)
     return taps[:, :, : high : geometry.dilation[0], : wide : geometry.dilation[1]].to(x.dtype)
 
@@ -75,17 +93,25 @@ def _rfft(picture: Tensor, frequencies: Pair) -> Tensor:
     return torch.fft.rfft2(wide, s=frequencies)
 
 
-def _over_input_channels(X: Tensor, W: Tensor, groups: int) -> Tensor:
-    """sum over c of X[b, c] W[k, c] at every frequency."""
+def over_input_channels(X: Tensor, W: Tensor, groups: int, contract: Contract = contract) -> Tensor:
+    """The spectrum of y: the sum over c of X[b, c] conj(W[k, c])."""
     if W.shape[1] == 1 and W.shape[0] == groups:
-        return X * W[:, 0]
-    X, W = X.unflatten(1, (groups, -1)), W.unflatten(0, (groups, -1))
-    return torch.einsum("bgchw,gkchw->bgkhw", X, W).flatten(1, 2)
+        return X * W[:, 0].conj_physical()
+    X, W = X.unflatten(1, (groups, -1)).transpose(0, 1), W.unflatten(0, (groups, -1))
+    return contract(X, W, "b").transpose(0, 1).flatten(1, 2)
 
 
-def _over_batch(X: Tensor, G: Tensor, groups: int) -> Tensor:
-    """sum over b of X[b, c] G[b, k] at every frequency, for the channels c and k of one group."""
+def over_output_channels(G: Tensor, W: Tensor, groups: int, contract: Contract = contract) -> Tensor:
+    """The spectrum of the input's gradient: the sum over k of G[b, k] W[k, c]."""
+    if W.shape[1] == 1 and W.shape[0] == groups:
+        return G * W[:, 0]
+    G, W = G.unflatten(1, (groups, -1)).transpose(0, 1), W.unflatten(0, (groups, -1))
+    return contract(G, W.transpose(1, 2), "").transpose(0, 1).flatten(1, 2)
+
+
+def over_pictures(X: Tensor, G: Tensor, groups: int, contract: Contract = contract) -> Tensor:
+    """The spectrum of the weight's gradient: the sum over b of conj(G[b, k]) X[b, c], for the channels of one group."""
     if X.shape[1] == G.shape[1] == groups:
-        return (X * G).sum(0)[:, None]
-    X, G = X.unflatten(1, (groups, -1)), G.unflatten(1, (groups, -1))
-    return torch.einsum("bgchw,bgkhw->gkchw", X, G).flatten(0, 1)
+        return (X * G.conj_physical()).sum(0)[:, None]
+    X, G = (P.unflatten(1, (groups, -1)).movedim(0, 2) for P in (X, G))
+    return contract(G, X, "a").flatten(0, 1)

@@ -81,30 +81,37 @@ def spread(picture: Float[Tensor, "a b h w"], step: Pair) -> Float[Tensor, "a b 
 
 
 def fast_size(n: int) -> int:
-    """The next length whose Fourier transform is fast: a product of 2, 3 and 5.
+    """The next length whose Fourier transform is fast: a multiple of 4 (vectors of frequencies) without primes beyond 5.
 
     >>> [fast_size(n) for n in (7, 31, 62, 97)]
     [8, 32, 64, 100]
     """
+    n += -n % 4
     while _largest_factor_beyond_five(n) > 1:
-        n += 1
+        n += 4
     return n
 
 
-def tile_size(picture: Pair, kernel: Pair) -> int:
-    """The tile of `fft_tiled` with the least work: larger tiles waste less on the overlap and cost more a pixel.
+def tile_size(picture: Pair, kernel: Pair, planes: tuple[int, int, int] = (1, 1, 1), kept: bool = True) -> int:
+    """The tile of `fft_tiled` that costs least, for `planes` pictures, channels and filters (a group's).
 
-    >>> tile_size((224, 224), (7, 7)), tile_size((56, 56), (31, 31))
-    (81, 90)
+    Larger tiles waste less on the overlap; smaller ones need fewer frequencies of each filter, which are read from memory (and
+    computed, unless they are `kept`). The unit of cost is a pixel's complex product; its transform costs 4 a factor of two of the
+    tile's side and to read a frequency costs 5, as measured with `lightning_cnn.kernels.spectra`.
+
+    >>> tile_size((224, 224), (7, 7)), tile_size((56, 56), (31, 31)), tile_size((56, 56), (31, 31), (1, 64, 64))
+    (64, 96, 60)
     """
-    reach = max(kernel)
+    reach, (b, c, k) = max(kernel), planes
 
-    def work(tile: int) -> float:
+    def cost(tile: int) -> float:
         fresh = tile - reach + 1
-        return ceil(picture[0] / fresh) * ceil(picture[1] / fresh) * tile**2 * log2(tile)
+        tiles = b * ceil(picture[0] / fresh) * ceil(picture[1] / fresh)
+        transform = 4 * log2(tile)
+        return tile**2 * (tiles * ((c + k) * transform + c * k) + c * k * (5 + (not kept) * transform))
 
     largest = fast_size(max(*picture, 2) + reach - 1)
-    return min({fast_size(tile) for tile in range(reach + 1, largest + 1)}, key=lambda tile: (work(tile), tile))
+    return min({fast_size(tile) for tile in range(reach + 1, largest + 1)}, key=lambda tile: (cost(tile), tile))
 
 
 def _largest_factor_beyond_five(n: int) -> int:

@@ -1,0 +1,37 @@
+"""The product of spectra that `fft` and `fft_tiled` share: the compiled one on the CPU, the torch reference for everything else."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_cnn.functional.conv import fft
+
+IN_CACHE = 2**14  # floats of both factors that a thread holds at a time
+SHORTEST, LANES, PANEL = 64, 8, 4
+
+
+def contract(a: Tensor, b: Tensor, conjugate: str = "") -> Tensor:
+    """`functional.conv.fft.contract`."""
+    entries = 2 * a.shape[3] * a.shape[4]
+    if a.device.type != "cpu" or a.dtype != torch.complex64 or entries % LANES:
+        return fft.contract(a, b, conjugate)
+    from lightning_cnn.kernels import threads
+    from lightning_cnn.kernels.spectra import contract as kernel
+
+    # Rows of the result are outermost: the callers join the groups of a row
+    out = a.new_empty(a.shape[1], a.shape[0], b.shape[1], *a.shape[3:]).transpose(0, 1)
+    block = _block(entries, (a.shape[1] + PANEL) * a.shape[2])
+    signs = (np.float32(-1 if conjugate == factor else 1) for factor in "ab")
+    kernel(*(_blocks(each, block) for each in (a, b, out)), *signs, threads.use(torch.get_num_threads()))
+    return out
+
+
+def _blocks(spectra: Tensor, block: int) -> np.ndarray:
+    return torch.view_as_real(spectra).flatten(3).unflatten(3, (-1, block)).numpy()
+
+
+def _block(entries: int, rows: int) -> int:
+    """The longest run of frequencies of which `rows` stay in cache; short runs make the memory jump."""
+    limit = max(SHORTEST, IN_CACHE // rows)
+    fitting = [n for n in range(LANES, min(limit, entries) + 1, LANES) if entries % n == 0]
+    return fitting[-1]
