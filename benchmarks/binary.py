@@ -16,10 +16,10 @@ from _bench import Row, compare, interleave, medians, missing, report
 from numba import njit
 from torch import nn
 
-from lightning_cnn.kernels.bits import Floats, Geometry
-from lightning_cnn.kernels.bits import pack as pack_signs
-from lightning_cnn.kernels.xnor import convolve, panels, prefers_tables
+from lightning_cnn.kernels.bits import Geometry
+from lightning_cnn.kernels.xnor import panels, prefers_tables
 from lightning_cnn.nn import pack
+from lightning_cnn.nn.packed import xnor_conv2d
 from lightning_cnn.precision import xnor_net
 
 SHAPES = [(64, 56), (128, 28), (256, 14), (512, 7)]
@@ -99,10 +99,9 @@ def limit_rows(n: int) -> list[Row]:
     rows = []
     for channels, size in SHAPES:
         geometry = Geometry(channels, 3, 3, padding_h=1, padding_w=1)
-        panel = panels(torch.randn(channels, channels, 3, 3).numpy() < 0)
-        words = pack_signs(torch.randn(1, size, size, channels).numpy(), True)
-        finish = Floats(np.ones((4, channels), np.float32))
-        work = {"packed": lambda w=words, p=panel, c=channels, g=geometry, f=finish: convolve(w, p, c, g, f)}
+        panel = torch.from_numpy(panels(torch.randn(channels, channels, 3, 3).numpy() < 0)).clone()
+        words, finish = torch.randint(-(2**62), 2**62, (1, size, size, channels // 64)), torch.ones(4, channels)
+        work = {"packed": lambda a=(words, panel, finish, channels, geometry, False): xnor_conv2d(*a)}
         took = timed(work, n)["packed"] / 1e3
         products = size * size * channels * channels * 9 / took / 1e9
         most = PRODUCTS_A_CYCLE * cycles_a_second() / 1e9

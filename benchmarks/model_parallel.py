@@ -1,4 +1,4 @@
-"""Idle time of every pipeline schedule beside theory, and memory a rank of Pipeline and Spatial beside one process.
+"""Idle time and step time of every pipeline schedule beside theory, and memory a rank of Pipeline and Spatial beside one process.
 
     python benchmarks/model_parallel.py [--quick] [--json FILE] [--only bubble|memory]
 
@@ -7,10 +7,12 @@ Two gloo processes of one thread each.
 bubble: sleeps stand in for arithmetic (50 ms forward a process and micro-batch, 50 for the gradient of the input, 50 for the weights'), so
 that processes are equally fast on any machine. What every stage takes is timed in the same steps: idle is the share of a step in which a
 process does none of it, mean of both. Theory is (p - 1) / (m + p - 1) for gpipe and 1f1b; for the others it is the engine's own table of
-actions, played with the times just measured and messages that cost nothing.
+actions, played with the times just measured and messages that cost nothing. Where theory leaves next to no idle time (zb), a quotient of
+idle times says how small the smaller one is; "step" is what a user waits for: a whole step beside one with no idle time but theory's.
 
 memory: highest resident size of a process in the second step of training a ResNet-18 (GroupNorm, AdamW, 8 pictures of 192 pixels), above
-that of the same process before the model was made. glibc is told to return freed memory, so that this is what is alive at once.
+that of the same process before the model was made, median of three runs. glibc is told to return freed memory, so that this is what is
+alive at once.
 """
 
 import argparse
@@ -89,10 +91,11 @@ class Timed:
         return timed
 
 
-def ideal(name: str, runner: Runner, costs: Costs) -> float:
-    """The idle share that the schedule itself cannot avoid."""
+def ideal(name: str, runner: Runner, costs: Costs) -> tuple[float, float]:
+    """The idle share that the schedule itself cannot avoid, and the seconds of a step with no other."""
     if SCHEDULES[name][1] == 1:
-        return (RANKS - 1) / (runner.micro_batches + RANKS - 1)
+        share = (RANKS - 1) / (runner.micro_batches + RANKS - 1)
+        return share, runner.micro_batches * sum(costs.values()) / RANKS / (1 - share)
     queues = {
         rank: [
             (a.computation_type.value, a.stage_index, a.microbatch_index) for a in actions if a and a.computation_type.value in "FBIW"
@@ -100,7 +103,8 @@ def ideal(name: str, runner: Runner, costs: Costs) -> float:
         for rank, actions in runner.schedule.pipeline_order.items()
     }
     work = [sum(costs[kind, stage] for kind, stage, _ in queue) for queue in queues.values()]
-    return 1 - fmean(work) / play(queues, costs)
+    step_s = play(queues, costs)
+    return 1 - fmean(work) / step_s, step_s
 
 
 def play(queues: dict[int, list[tuple[str, int, int]]], costs: Costs) -> float:
@@ -133,13 +137,13 @@ def bubble(out: Path, steps: int) -> None:
     dist.barrier()
 
 
-def idle(name: str, micro_batches: int, steps: int) -> tuple[float, float]:
-    """(measured, theory)."""
+def idle(name: str, micro_batches: int, steps: int) -> tuple[float, ...]:
+    """Share and seconds of a step as measured, and share and seconds in theory."""
     each = SCHEDULES[name][1]
     stages: list[nn.Module] = [Stage(WORK_S / each) for _ in range(RANKS * each)]
     pictures = torch.randn(micro_batches, 8)
     runner = Runner(stages, pictures, name, micro_batches, torch.device("cpu"), nullcontext, lambda answer, rows: answer.sum())
-    timed, shares = Timed(runner), []
+    timed, shares, walls = Timed(runner), [], []
     for step in range(steps + 1):
         done = {key: len(values) for key, values in timed.seconds.items()}
         dist.barrier()
@@ -149,12 +153,14 @@ def idle(name: str, micro_batches: int, steps: int) -> tuple[float, float]:
         computed = sum(sum(values[done.get(key, 0) :]) for key, values in timed.seconds.items())
         if step:  # the first one meets the other process, and fills caches
             shares.append(1 - computed / wall)
+            walls.append(wall)
         else:
             timed.seconds.clear()
     everybody: list[Any] = [None] * RANKS
-    dist.all_gather_object(everybody, (shares, {key: median(values) for key, values in timed.seconds.items()}))
-    measured = median(map(fmean, zip(*(shares for shares, _ in everybody), strict=True)))
-    return measured, ideal(name, runner, {key: value for _, costs in everybody for key, value in costs.items()})
+    dist.all_gather_object(everybody, (shares, walls, {key: median(values) for key, values in timed.seconds.items()}))
+    measured = median(map(fmean, zip(*(shares for shares, _, _ in everybody), strict=True)))
+    wall = median(map(max, zip(*(walls for _, walls, _ in everybody), strict=True)))
+    return measured, wall, *ideal(name, runner, {key: value for *_, costs in everybody for key, value in costs.items()})
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------------------------
@@ -212,20 +218,25 @@ def bubble_rows(out: Path, quick: bool) -> list[Row]:
         raise SystemExit("a process of the bubble group failed")
     found = json.loads((out / "bubble.json").read_text())
     bar = 1 / 1.25  # within 1.25x of theory
-    return [
-        compare(f"bubble: {name}, {micro} micro-batches", "theory", ours, theory, "idle", larger_is_better=False, bar=bar, n=steps)
-        for name, micro, ours, theory in found
-    ]
+    common: dict[str, Any] = {"larger_is_better": False, "n": steps}
+    table = []
+    for name, micro, idle_share, step_s, least, least_s in found:
+        table.append(compare(f"bubble: {name}, {micro} micro-batches", "theory", idle_share, least, "idle", bar=bar, **common))
+        table.append(compare(f"step: {name}, {micro} micro-batches", "theory", 1000 * step_s, 1000 * least_s, "ms", **common))
+    return table
 
 
 def memory_rows(out: Path, quick: bool) -> list[Row]:
     size, env = "96" if quick else "192", {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    for which in ("alone", "Spatial", "Pipeline"):
+    found, runs = defaultdict(list), 1 if quick else 3
+    for which in ("alone", "Spatial", "Pipeline") * runs:
         command = [sys.executable, __file__, "--worker", which, str(out), size]
         subprocess.run(command, check=True, env=env, timeout=LIMIT_S)
-    found = {path.stem: json.loads(path.read_text()) for path in out.glob("*-?.json")}
+        for path in out.glob(f"{which}-?.json"):
+            found[path.stem].append(json.loads(path.read_text()))
+    mib = {name: median(values) for name, values in found.items()}
     return [
-        compare(f"memory: {which}, rank {rank}", "one process", found[f"{which}-{rank}"], found["alone-0"], "MiB", larger_is_better=False, n=1)
+        compare(f"memory: {which}, rank {rank}", "one process", mib[f"{which}-{rank}"], mib["alone-0"], "MiB", larger_is_better=False, n=runs)
         for which in ("Pipeline", "Spatial")
         for rank in range(RANKS)
     ]  # fmt: skip

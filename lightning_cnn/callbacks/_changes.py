@@ -1,6 +1,8 @@
 """The changes themselves: each is a function that applies one and returns how to take it back."""
 
 import copy
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 Undo = Callable[[], None]
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
 
 
@@ -33,6 +36,30 @@ def channels_last(module: nn.Module) -> Undo:
     def undo() -> None:
         for parameter, _ in given:
             parameter.data = parameter.data.contiguous()
+
+    return undo
+
+
+def keeps_memory() -> bool:
+    """Whether the C library is one that can be told to keep freed memory: glibc."""
+    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
+
+
+def keep_memory() -> Undo:
+    """What a step frees stays with the process: glibc would hand much of it back, and the next step faults it in page by page.
+
+    Taken back, its thresholds stand where glibc's own adjustment ends (mallopt(3)), because it does not tell where they stood.
+    """
+    if not keeps_memory():
+        return lambda: None
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+    def undo() -> None:
+        libc.mallopt(M_MMAP_MAX, 65536)
+        libc.mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
+        libc.malloc_trim(0)
 
     return undo
 

@@ -9,6 +9,7 @@ import torch
 
 Undo = Callable[[], None]
 REPEATS = 3  # timed steps after one that is not, each time
+CALLS = 2 * 2 * (1 + REPEATS)  # of a step that a trial makes at most
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,33 @@ class Trial:
         )
 
 
-def choose(changes: Sequence[Change], least: float, device: torch.device) -> tuple[list[Trial], dict[str, Undo]]:
-    """Try the changes one after the other, each on top of those kept so far; what was kept is left applied."""
+class Allowance:
+    """Trials may take a share of what lies ahead, all together; their clock runs from here."""
+
+    def __init__(self, ahead_s: float, share: float) -> None:
+        self.ahead_s, self.share, self.began = ahead_s, share, time.perf_counter()
+
+    def refuses(self, cost_s: float) -> str:
+        """Why a trial of so many seconds is not made, or nothing."""
+        spent_s = time.perf_counter() - self.began
+        if spent_s + cost_s <= self.share * self.ahead_s:
+            return ""
+        so_far = f" after {_time(spent_s)} of trials" if spent_s > cost_s / CALLS else ""
+        return f"was not tried: {_time(cost_s)} for a trial{so_far} is over {self.share:.0%} of the {_time(self.ahead_s)} ahead"
+
+
+def choose(
+    changes: Sequence[Change], least: float, device: torch.device, allowance: Allowance, call_s: float
+) -> tuple[list[Trial], dict[str, Undo]]:
+    """Try the changes one after the other, each on top of those kept so far; what was kept is left applied.
+
+    `call_s` is what a call of the dearest change's step takes: a trial that its calls make too dear is left out.
+    """
     trials: list[Trial] = []
     kept: dict[str, Undo] = {}
     for change in changes:
-        trial, undo = _tried(change, least, device)
+        refusal = allowance.refuses(CALLS * call_s)
+        trial, undo = (Trial(change.name, note=refusal), None) if refusal else _tried(change, least, device)
         trials.append(trial)
         if undo is not None:
             kept[change.name] = undo
@@ -74,11 +96,11 @@ def _tried(change: Change, least: float, device: torch.device) -> tuple[Trial, U
     return Trial(change.name, before_s, after_s), None
 
 
-def timed(step: Callable[[], object], device: torch.device) -> list[float]:
-    """Seconds of `REPEATS` calls, after one that warms up."""
+def timed(step: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> list[float]:
+    """Seconds of `repeats` calls, after one that warms up."""
     wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
     seconds = []
-    for repeat in range(REPEATS + 1):
+    for repeat in range(repeats + 1):
         wait()
         start = time.perf_counter()
         step()
@@ -86,3 +108,7 @@ def timed(step: Callable[[], object], device: torch.device) -> list[float]:
         if repeat:
             seconds.append(time.perf_counter() - start)
     return seconds
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"

@@ -130,7 +130,8 @@ class ExactResume(Callback):
 
     def _seed(self, trainer: Trainer, moment: str, number: int = 0, epoch: int | None = None) -> None:
         self._moment = [moment, number, trainer.current_epoch if epoch is None else epoch]
-        key = counter.key(self.seed, "exact_resume", *self._moment, trainer.global_rank)
+        share = (trainer.distributed_sampler_kwargs or {}).get("rank", trainer.global_rank)  # one for all who see the same batches
+        key = counter.key(self.seed, "exact_resume", *self._moment, share)
         seed_generators(key)
         torch.cuda.manual_seed_all(key)
 

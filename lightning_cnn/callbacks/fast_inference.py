@@ -1,6 +1,6 @@
 """Evaluate and predict with a faster copy of the network: folded, laid out, packed, compiled, each only where it pays and agrees.
 
-Source: Ding et al. 2021, arXiv:2101.03697, section 3.3 (folding); the PyTorch performance tuning guide (channels_last).
+Source: Ding et al. 2021, arXiv:2101.03697, section 3.3 (folding); the PyTorch performance tuning guide (channels_last); mallopt(3).
 """
 
 import copy
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_cnn.callbacks import _changes
 from lightning_cnn.callbacks._forward import unwrap, wrap
-from lightning_cnn.callbacks._trials import Trial, timed
+from lightning_cnn.callbacks._trials import CALLS, Allowance, Change, Trial, Undo, choose, timed
 from lightning_cnn.callbacks.evaluation_report import EvaluationReport
 from lightning_cnn.callbacks.marginalize import Marginalize
 from lightning_cnn.callbacks.snapshot_ensemble import SnapshotEnsemble
@@ -27,18 +27,20 @@ from lightning_cnn.nn.pack import pack
 from lightning_cnn.nn.reparameterize import reparameterize
 
 log = logging.getLogger(__name__)
-SWITCHES = ("packed", "folded", "channels_last", "autocast", "compile")
+SWITCHES = ("memory", "packed", "folded", "channels_last", "autocast", "compile")
 
 
 class FastInference(Callback):
     """In validate, test and predict, and not inside of fit, the network's part that holds the weights is answered by a copy of it.
 
     At the first batch each switch is timed on top of those kept so far, and stays when it is `least` times faster and the output
-    differs by at most `max_error` of the largest. The network itself is not touched.
+    differs by at most `max_error` of the largest. The network itself is not touched. Trials are made only while they take no more than
+    a share of the batches ahead.
 
     Args:
         switches: Which to try, of `SWITCHES`, in this order; `compile` only when asked for here: it costs seconds to minutes.
         module: Name of the submodule to answer for; by default the child with most weights.
+        trial_share: Of the time that the batches ahead take without changes, what all trials may take.
 
     Attributes:
         trials: What was tried, with its times.
@@ -49,18 +51,28 @@ class FastInference(Callback):
     """
 
     def __init__(
-        self, *, switches: Sequence[str] = SWITCHES[:-1], module: str | None = None, least: float = 1.03, max_error: float = 0.01
+        self,
+        *,
+        switches: Sequence[str] = SWITCHES[:-1],
+        module: str | None = None,
+        least: float = 1.03,
+        max_error: float = 0.01,
+        trial_share: float = 0.1,
     ) -> None:
         unknown = [name for name in switches if name not in SWITCHES]
         problems = [f"switches: {', '.join(unknown)} not known; choose of {', '.join(SWITCHES)}"] if unknown else []
         problems += [f"least must be at least 1, got {least}"] if least < 1 else []
         problems += [f"max_error must be positive, got {max_error}"] if max_error <= 0 else []
+        problems += [f"trial_share must be positive, got {trial_share}"] if trial_share <= 0 else []
         raise_all(problems)
         self.switches, self.module, self.least, self.max_error = tuple(switches), module, least, max_error
+        self.trial_share = trial_share
         self.trials: list[Trial] = []
         self.error = 0.0
         self._fast: Callable[..., Any] | None = None
         self._target: nn.Module | None = None
+        self._batches = 0.0
+        self._kept: dict[str, Undo] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         raise_all(_members_inside(trainer), ConfigurationError)
@@ -70,7 +82,7 @@ class FastInference(Callback):
             return
         target = self._place(pl_module)
         raise_all(_wrapped_inside(trainer, pl_module, target), ConfigurationError)
-        self._target, self._fast, self.trials = target, None, []
+        self._target, self._fast, self.trials, self.error, self._batches = target, None, [], 0.0, _batches_of(trainer)
         wrap(target, self, self._answer, innermost=True)  # views and temperatures of the same module go around the copy
 
     on_validation_start = on_predict_start = on_test_start
@@ -103,34 +115,56 @@ class FastInference(Callback):
         """The fastest of what was tried on these inputs, or `forward` itself."""
         device = next(leaf.device for leaf in inputs if isinstance(leaf, Tensor))
         reference, best, network = forward(*inputs), forward, self._target
+        call_s = min(timed(lambda: forward(*inputs), device, 1))
+        allowance = Allowance(call_s * self._batches, self.trial_share)
         for name in self.switches:
-            reason = _unfit(name, self._target, device)
+            reason = _unfit(name, self._target, device) or allowance.refuses(CALLS * call_s)
             if reason:
                 self.trials.append(Trial(name, note=reason))
-                continue
-            try:
-                made, run = _made(name, network, best)
-                error = _difference(run(*inputs), reference)
-                before, after = (min(timed(lambda f=f: f(*inputs), device)) for f in (best, run))
-            except (LightningCNNError, RuntimeError) as failure:
-                self.trials.append(Trial(name, note=f"cannot be used: {str(failure).splitlines()[0]}"))
-                continue
-            kept = before >= self.least * after and error <= self.max_error
-            note = f"is off by {error:.1e}" if error > self.max_error else ""
-            self.trials.append(Trial(name, before, after, kept, note))
-            if kept:
-                best, network, self.error = run, made, error
+            elif name == "memory":
+                change = Change(name, _changes.keep_memory, lambda: forward(*inputs))
+                trials, self._kept = choose([change], self.least, device, allowance, call_s)
+                self.trials += trials
+            else:
+                best, network = self._tried(name, best, network, inputs, reference)
         log.info("FastInference: %s; outputs differ by %.1e of the largest.", "; ".join(map(str, self.trials)), self.error)
-        if best is forward:
-            warnings.warn(
-                "FastInference changed nothing: no switch was faster and accurate enough here.", NoEffectWarning, stacklevel=2
-            )
+        if not any(trial.kept for trial in self.trials):
+            tried = "; ".join(map(str, self.trials)) or "it was given no switch"
+            warnings.warn(f"FastInference changed nothing: {tried}.", NoEffectWarning, stacklevel=2)
         return best
+
+    def _tried(
+        self, name: str, best: Callable[..., Any], network: Any, inputs: tuple[Any, ...], reference: Any
+    ) -> tuple[Callable[..., Any], Any]:
+        """One switch on top of those kept so far: how to call what is fastest now, and the network in it."""
+        device = reference.device if isinstance(reference, Tensor) else inputs[0].device
+        try:
+            made, run = _made(name, network, best)
+            error = _difference(run(*inputs), reference)
+            before, after = (min(timed(lambda f=f: f(*inputs), device)) for f in (best, run))
+        except (LightningCNNError, RuntimeError) as failure:
+            self.trials.append(Trial(name, note=f"cannot be used: {str(failure).splitlines()[0]}"))
+            return best, network
+        kept = before >= self.least * after and error <= self.max_error
+        self.trials.append(Trial(name, before, after, kept, f"is off by {error:.1e}" if error > self.max_error else ""))
+        if not kept:
+            return best, network
+        self.error = error
+        return run, made
 
     def _remove(self) -> None:
         if self._target is not None:
             unwrap(self._target, self)
         self._target = self._fast = None
+        for undo in self._kept.values():
+            undo()
+        self._kept = {}
+
+
+def _batches_of(trainer: Trainer) -> float:
+    """How many this validation, test or prediction has."""
+    word = {TrainerFn.VALIDATING: "val", TrainerFn.TESTING: "test", TrainerFn.PREDICTING: "predict"}[trainer.state.fn]  # pyright: ignore[reportArgumentType]
+    return sum(getattr(trainer, f"num_{word}_batches"))
 
 
 def _members_inside(trainer: Trainer) -> list[str]:
@@ -162,6 +196,8 @@ def _wrapped_inside(trainer: Trainer, pl_module: LightningModule, target: nn.Mod
 
 
 def _unfit(name: str, network: Any, device: torch.device) -> str:
+    if name == "memory" and (device.type != "cpu" or not _changes.keeps_memory()):
+        return "is for CPUs and glibc"
     if name == "packed" and not any(isinstance(m, LowBitConv2d) for m in network.modules()):
         return "needs 1-bit layers"
     if name == "autocast" and not _changes.bf16_units(device):

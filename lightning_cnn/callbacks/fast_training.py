@@ -1,7 +1,7 @@
 """Every switch that makes training faster without another recipe, each kept only when a timed trial on this model says so.
 
 Source: the PyTorch performance tuning guide (channels_last, fused optimizers, cudnn.benchmark); Micikevicius et al. 2018,
-arXiv:1710.03740 (mixed precision); Ansel et al. 2024 (torch.compile).
+arXiv:1710.03740 (mixed precision); Ansel et al. 2024 (torch.compile); mallopt(3).
 """
 
 import logging
@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_cnn.callbacks import _changes
-from lightning_cnn.callbacks._trials import Change, Trial, Undo, choose, timed
+from lightning_cnn.callbacks._trials import Allowance, Change, Trial, Undo, choose, timed
 from lightning_cnn.errors import ConfigurationError, NoEffectWarning, raise_all
 from lightning_cnn.functional.batch import image_key, read
 
 log = logging.getLogger(__name__)
-SWITCHES = ("channels_last", "benchmark", "tf32", "autocast", "fused", "compile", "graphs")
+SWITCHES = ("memory", "channels_last", "benchmark", "tf32", "autocast", "fused", "compile", "graphs")
 Step = Callable[[], object]
 LONG_S = 900.0  # of training expected; below it compilation is not tried, because it would not be earned back
 
@@ -26,25 +26,31 @@ LONG_S = 900.0  # of training expected; below it compilation is not tried, becau
 class FastTraining(Callback):
     """Try switches before the first step and keep those that pay; undo them when the fit ends.
 
-    What a switch changes of the results: `channels_last`, `fused` and `compile` the order of sums (rounding), `tf32` products of 10
-    bits and `autocast` of 8 bits (bfloat16; float16 with loss scaling on GPUs without it). Nothing else changes. The choice is saved
-    with the checkpoint, so that a resumed run computes as before.
+    Trials are made only while they take no more than a share of the training ahead, as the first batch's steps predict it.
+
+    What a switch changes of the results: `memory` and `benchmark` nothing or the order of sums, as `channels_last`, `fused` and
+    `compile` do (rounding); `tf32` products of 10 bits and `autocast` of 8 bits (bfloat16; float16 with loss scaling on GPUs without
+    it). Nothing else changes. The choice is saved with the checkpoint, so that a resumed run computes as before.
 
     Args:
         switches: Which to try, of `SWITCHES`, in this order. Those that the machine or the run cannot use are left out, with the reason.
         least: How many times faster a switch must be to stay.
         compile: Whether to try `torch.compile`: None means when a quarter of an hour of training or more lies ahead.
+        trial_share: Of the training ahead, what all trials may take.
 
     Attributes:
         trials: What was tried, with its times.
     """
 
-    def __init__(self, *, switches: Sequence[str] = SWITCHES, least: float = 1.03, compile: bool | None = None) -> None:
+    def __init__(
+        self, *, switches: Sequence[str] = SWITCHES, least: float = 1.03, compile: bool | None = None, trial_share: float = 0.1
+    ) -> None:
         unknown = [name for name in switches if name not in SWITCHES]
         problems = [f"switches: {', '.join(unknown)} not known; choose of {', '.join(SWITCHES)}"] if unknown else []
         problems += [f"least must be at least 1, got {least}"] if least < 1 else []
+        problems += [f"trial_share must be positive, got {trial_share}"] if trial_share <= 0 else []
         raise_all(problems)
-        self.switches, self.least, self.compile = tuple(switches), least, compile
+        self.switches, self.least, self.compile, self.trial_share = tuple(switches), least, compile, trial_share
         self.trials: list[Trial] = []
         self._decided: list[str] | None = None
         self._kept: dict[str, Undo] = {}
@@ -61,21 +67,23 @@ class FastTraining(Callback):
         self._ready = False
         try:
             step = _changes.training_step(trainer, pl_module, read(batch, image_key(batch)))
-            step()
+            call_s = min(timed(step, pl_module.device, 1))
         except (ConfigurationError, TypeError, NotImplementedError, RuntimeError) as error:
             raise ConfigurationError(
                 f"FastTraining times forward(image) of {type(pl_module).__name__}, which failed on this batch's images: {error} "
                 "Give the module a forward that takes them, or leave FastTraining out."
             ) from error
-        changes = list(self._changes(trainer, pl_module, step))
+        ahead_s = call_s * _batches_ahead(trainer)
+        changes = list(self._changes(trainer, pl_module, step, ahead_s))
         if self._decided is None:
-            trials, self._kept = choose(changes, self.least, pl_module.device)
+            trials, self._kept = choose(changes, self.least, pl_module.device, Allowance(ahead_s, self.trial_share), call_s)
             self.trials += trials
             self._decided = trainer.strategy.broadcast(list(self._kept))
         self._agree(trainer, pl_module, step)
         log.info("FastTraining: %s.", "; ".join(map(str, self.trials)) or f"as before: {', '.join(self._kept) or 'nothing'}")
         if not self._kept:
-            warnings.warn("FastTraining changed nothing: no switch was faster here.", NoEffectWarning, stacklevel=2)
+            tried = "; ".join(map(str, self.trials)) or "it was given no switch"
+            warnings.warn(f"FastTraining changed nothing: {tried}.", NoEffectWarning, stacklevel=2)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._undo()
@@ -106,16 +114,18 @@ class FastTraining(Callback):
             undo()
         self._kept = {}
 
-    def _changes(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> Iterator[Change]:
+    def _changes(self, trainer: Trainer, pl_module: LightningModule, step: Step, ahead_s: float) -> Iterator[Change]:
         for name in self.switches:
-            reason = self._unfit(name, trainer, pl_module, step)
+            reason = self._unfit(name, trainer, pl_module, ahead_s)
             if reason:
                 self.trials.append(Trial(name, note=reason))
             else:
                 yield _change(name, trainer, pl_module, step)
 
-    def _unfit(self, name: str, trainer: Trainer, pl_module: LightningModule, step: Step) -> str:
+    def _unfit(self, name: str, trainer: Trainer, pl_module: LightningModule, ahead_s: float) -> str:
         device = pl_module.device
+        if name == "memory" and (device.type != "cpu" or not _changes.keeps_memory()):
+            return "is for CPUs and glibc"
         if name in ("benchmark", "tf32", "graphs") and device.type != "cuda":
             return "is for GPUs"
         if name == "channels_last" and not any(p.dim() == 4 for p in pl_module.parameters()):
@@ -128,15 +138,18 @@ class FastTraining(Callback):
             return "has no units on this CPU"
         if name == "fused" and not all(map(_changes.can_be_fused, trainer.optimizers)) and self._decided is None:
             return "is not offered by this optimizer, or was set by you"
-        if name in ("compile", "graphs") and not self._wants_compile(trainer, pl_module, step):
+        if name in ("compile", "graphs") and not self._wants_compile(ahead_s):
             return "was not tried: it is off, or too little training lies ahead to earn it back"
         return ""
 
-    def _wants_compile(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> bool:
+    def _wants_compile(self, ahead_s: float) -> bool:
         if self.compile is not None or self._decided is not None:
             return bool(self.compile) or bool({"compile", "graphs"} & set(self._decided or []))
-        ahead = trainer.estimated_stepping_batches - trainer.global_step
-        return ahead * min(timed(step, pl_module.device)) > LONG_S
+        return ahead_s > LONG_S
+
+
+def _batches_ahead(trainer: Trainer) -> float:
+    return (trainer.estimated_stepping_batches - trainer.global_step) * trainer.accumulate_grad_batches
 
 
 def _change(name: str, trainer: Trainer, pl_module: LightningModule, step: Step) -> Change:
@@ -146,6 +159,8 @@ def _change(name: str, trainer: Trainer, pl_module: LightningModule, step: Step)
 
 
 def _applied(name: str, trainer: Trainer, pl_module: LightningModule) -> Undo:
+    if name == "memory":
+        return _changes.keep_memory()
     if name == "channels_last":
         return _changes.channels_last(pl_module)
     if name == "benchmark":

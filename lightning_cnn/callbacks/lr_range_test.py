@@ -8,6 +8,7 @@ Source: Smith 2017, "Cyclical learning rates", arXiv:1506.01186, section 3.3.
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
@@ -27,12 +28,28 @@ class LRRangeTest(Callback):
         raise_all(problems)
         self.lowest, self.highest, self.steps, self.attribute = lowest, highest, steps, attribute
         self.suggestion: float | None = None
+        self._rate: float | None = None
+        self._resumed: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not hasattr(pl_module, self.attribute):
             raise_all([f"{type(pl_module).__name__} has no attribute {self.attribute!r} that configure_optimizers reads the rate from"])
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"rate": self._rate}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict["rate"]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed is None:
+            self._look(trainer, pl_module)
+        else:  # the checkpoint brings the optimizer's and the scheduler's rates
+            setattr(pl_module, self.attribute, self._resumed)
+            log.info("resumed with the learning rate %g of the first part", self._resumed)
+        self._rate, self._resumed = getattr(pl_module, self.attribute), None
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         finder = LearningRateFinder(self.lowest, self.highest, self.steps, early_stop_threshold=None, attr_name=self.attribute)
         before = getattr(pl_module, self.attribute)
         # The finder counts in steps; without this it stops where the real run would.

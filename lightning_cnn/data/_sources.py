@@ -21,6 +21,7 @@ from xxhash import xxh3_64
 from lightning_cnn.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+LABEL_BYTES = 20
 
 
 @dataclass
@@ -79,17 +80,22 @@ class FolderSource:
 
 
 class TarSource:
-    """A webdataset tar: members of one name belong together, `.cls` holds the class number as text."""
+    """A webdataset tar, not compressed: members of one name belong together, `.cls` holds the class number as text."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.classes = path, []
         samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.isfile():
-                    stem, _, extension = member.name.partition(".")
-                    samples.setdefault(stem, {})["." + extension.lower()] = member
-            self._samples = [self._sample(tar, stem, parts) for stem, parts in samples.items()]
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    if member.isfile():
+                        stem, _, extension = member.name.partition(".")
+                        samples.setdefault(stem, {})["." + extension.lower()] = member
+                self._samples = [self._sample(tar, stem, parts) for stem, parts in samples.items()]
+        except DataError:
+            raise
+        except (tarfile.TarError, ValueError, OverflowError, OSError) as error:  # what the module raises for a damaged header
+            raise DataError(f"{path}: not a whole, uncompressed tar ({error}). Unpack a compressed one, or fetch it again.") from error
         if not self._samples:
             raise DataError(f"{path}: the tar holds no samples.")
 
@@ -98,7 +104,10 @@ class TarSource:
         label = tar.extractfile(parts[".cls"]) if ".cls" in parts else None
         if picture is None or label is None:
             raise DataError(f"{self.path}: sample '{stem}' has {sorted(parts)}; it needs a picture and a .cls with its class number.")
-        return picture.name, picture.offset_data, picture.size, int(label.read())
+        number = label.read(LABEL_BYTES)
+        if not number.strip().isdigit():
+            raise DataError(f"{self.path}: the class of sample '{stem}' is a whole number as text; got {number!r}.")
+        return picture.name, picture.offset_data, picture.size, int(number)
 
     def __len__(self) -> int:
         return len(self._samples)

@@ -14,6 +14,7 @@ from hashlib import blake2b
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 M32, M64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 GOLDEN64, GOLDEN32 = 0x9E3779B97F4A7C15, 0x9E3779B9
@@ -45,6 +46,8 @@ def bits(key: int | Tensor, index: Tensor) -> Tensor:
     `key` is an integer of `key()`, or an int64 tensor of such integers (under `torch.compile` a tensor, so that a new step is not a new
     program). `index` is int32 or int64; all 64 bits count.
     """
+    if isinstance(key, int) and _is_plain(index):
+        return _compiled_bits(key, index)
     low, high = _halves(index)
     key_low, key_high = (_signed(key & M32), _signed(key >> 32)) if isinstance(key, int) else _halves(key)
     mixed = _mix32(low + key_low)
@@ -67,6 +70,27 @@ def permutation(key: int, n: int) -> Tensor:
     index = torch.arange(n)
     high, low = bits(key, index).to(torch.int64), bits(_derived(key), index).to(torch.int64)
     return torch.argsort(((high & 0x7FFFFFFF) << 31) | (low & 0x7FFFFFFF), stable=True)
+
+
+def _is_plain(index: Tensor) -> bool:
+    """Whether numbers on the CPU are wanted now, and not a graph, a batch of vmap or what some mode makes of the operations."""
+    return (
+        index.device.type == "cpu"
+        and index.dtype == torch.int64
+        and not torch.compiler.is_compiling()
+        and type(index) is Tensor
+        and not torch._C._functorch.is_functorch_wrapped_tensor(index)
+        and not is_in_torch_dispatch_mode()
+    )
+
+
+def _compiled_bits(key: int, index: Tensor) -> Tensor:
+    """One pass, where the torch operations are twenty."""
+    from lightning_cnn.kernels.counter import fill_bits
+
+    out = torch.empty(index.shape, dtype=torch.int32)
+    fill_bits(key, index.detach().contiguous().view(-1).numpy(), out.view(-1).numpy())
+    return out
 
 
 def _derived(key: int | Tensor) -> int | Tensor:

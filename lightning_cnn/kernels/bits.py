@@ -6,17 +6,26 @@ A bit is 1 where the number is below zero, so +0.0, -0.0 and NaN count as +1. A 
 pixel is filled with zeros.
 """
 
+from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lightning_cnn.kernels.addresses import ADDRESS, after, both, compiled, float_at, load, set_word, store, word_at
 from lightning_cnn.kernels.threads import use
 
-_ADDRESS = ir.IntType(64)
+
+class Layout(IntEnum):
+    """How pixels lie in memory: uint64 words (n, h, w, c / 64), or float32 (n, h, w, c) or (n, c, h, w)."""
+
+    WORDS = 0
+    LAST = 1
+    FIRST = 2
 
 
 class Geometry(NamedTuple):
@@ -43,54 +52,37 @@ class Geometry(NamedTuple):
         )
 
 
-class Floats(NamedTuple):
-    """Finish with float32 `((dot * affine[0] + affine[1]) * affine[2]) + affine[3]`, a filter."""
-
-    affine: np.ndarray
-
-
-class Bits(NamedTuple):
-    """Finish with bits `(dot < threshold) != flip`, a filter."""
-
-    threshold: np.ndarray
-    flip: np.ndarray
-
-
 @intrinsic
 def _eight_below_zero(typingctx, address):
     """Eight bits for eight float32 at `address`."""
 
     def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         floats = ir.VectorType(ir.FloatType(), 8)
-        x = b.load(b.inttoptr(arguments[0], ir.PointerType(floats)))
-        x.align = 4
-        below = b.fcmp_ordered("<", x, ir.Constant(floats, [0.0] * 8))
-        return b.zext(b.bitcast(below, ir.IntType(8)), _ADDRESS)
+        below = b.fcmp_ordered("<", load(b, arguments[0], floats, 4), ir.Constant(floats, [0.0] * 8))
+        return b.zext(b.bitcast(below, ir.IntType(8)), ADDRESS)
 
-    return types.uint64(types.uintp), build
+    return types.uint64(types.intp), build
 
 
-def _pack_nhwc(x, words):
-    """float32 (m, c) to uint64 (m, ceil(c / 64))."""
-    rows, channels = x.shape
-    for m in prange(rows):
-        address = np.uintp(x.ctypes.data) + np.uintp(m * channels * 4)
-        for k in range(channels // 64):
-            word = np.uint64(0)
-            for i in range(8):
-                word |= _eight_below_zero(address + np.uintp(256 * k + 32 * i)) << np.uint64(8 * i)
-            words[m, k] = word
-        if channels % 64:
-            word = np.uint64(0)
-            for c in range(channels % 64):
-                word |= np.uint64(x[m, channels - channels % 64 + c] < np.float32(0)) << np.uint64(c)
-            words[m, channels // 64] = word
+@compiled
+def word_of(x, layout, channels, pixel, k):
+    """Word `k` of a pixel of `x`, whose layout is WORDS or LAST."""
+    if layout == 0:
+        return word_at(x + 8 * (pixel * ((channels + 63) // 64) + k))
+    address = x + 4 * (pixel * channels + 64 * k)
+    word = np.uint64(0)
+    if channels - 64 * k >= 64:
+        for i in range(8):
+            word |= _eight_below_zero(address + 32 * i) << np.uint64(8 * i)
+    else:
+        for c in range(channels - 64 * k):
+            word |= np.uint64(float_at(address + 4 * c) < np.float32(0)) << np.uint64(c)
+    return word
 
 
-def _pack_nchw(x, words):
-    """float32 (n, c, pixels) to uint64 (n, pixels, ceil(c / 64))."""
-    batch, channels, pixels = x.shape
-    width = words.shape[2]
+def _pack_planes(x, batch, channels, pixels, words):
+    """float32 (n, c, pixels) to uint64 (n, pixels, ceil(c / 64)), by addresses."""
+    width = (channels + 63) // 64
     for task in prange(batch * width):
         n, k = task // width, task % width
         block = np.empty(64, np.uint64)
@@ -99,32 +91,29 @@ def _pack_nchw(x, words):
             block[:] = 0
             for c in range(min(64, channels - 64 * k)):
                 bit = np.uint64(1) << np.uint64(c)
-                row = x[n, 64 * k + c, start : start + count]
+                row = x + 4 * ((n * channels + 64 * k + c) * pixels + start)
                 for p in range(count):
-                    block[p] |= bit if row[p] < np.float32(0) else np.uint64(0)
+                    block[p] |= bit if float_at(row + 4 * p) < np.float32(0) else np.uint64(0)
             for p in range(count):
-                words[n, start + p, k] = block[p]
+                set_word(words + 8 * ((n * pixels + start + p) * width + k), block[p])
 
 
-def both(loop: Any) -> tuple[Any, Any]:
-    """The loop for one thread and for several."""
-    return tuple(
-        njit(loop, parallel=parallel, nogil=True, boundscheck=False, error_model="numpy", cache=True) for parallel in (False, True)
-    )  # pyright: ignore[reportReturnType]
+def _pack_pixels(x, batch, channels, pixels, words):
+    """float32 (n, pixels, c) to the same."""
+    width = (channels + 63) // 64
+    for pixel in prange(batch * pixels):
+        for k in range(width):
+            set_word(words + 8 * (pixel * width + k), word_of(x, 1, channels, pixel, k))
 
 
-_PACK_NHWC, _PACK_NCHW = both(_pack_nhwc), both(_pack_nchw)
+_PACK_PLANES, _PACK_PIXELS = both(_pack_planes), both(_pack_pixels)
 
 
-def pack(x: np.ndarray, channels_last: bool, threads: int = 1) -> np.ndarray:
-    """Words (n, h, w, ceil(c / 64)) of contiguous float32 `x`, (n, h, w, c) or (n, c, h, w)."""
-    batch, *size = x.shape
-    channels, pixels = (size[-1], size[:-1]) if channels_last else (size[0], size[1:])
-    words = np.empty((batch, *pixels, -(-channels // 64)), np.uint64)
-    if channels_last:
-        chosen(_PACK_NHWC, threads)(x.reshape(-1, channels), words.reshape(-1, words.shape[-1]))
-    else:
-        chosen(_PACK_NCHW, threads)(x.reshape(batch, channels, -1), words.reshape(batch, -1, words.shape[-1]))
+def pack(x: int, layout: Layout, size: Sequence[int], channels: int, threads: int = 1) -> np.ndarray:
+    """Words (n, h, w, ceil(c / 64)) of the float32 numbers at address `x`, of `size` (n, h, w)."""
+    words = np.empty((*size, -(-channels // 64)), np.uint64)
+    loop = _PACK_PLANES if layout == Layout.FIRST else _PACK_PIXELS
+    chosen(loop, threads)(x, size[0], channels, size[1] * size[2], words.ctypes.data)
     return words
 
 
@@ -133,7 +122,7 @@ def chosen(loop: tuple[Any, Any], threads: int) -> Any:
     return loop[threads > 1 and use(threads) > 1]
 
 
-@njit(boundscheck=False, nogil=True, error_model="numpy", cache=True)
+@compiled
 def taps_inside(position, stride, padding, dilation, taps, size):
     """How many taps of an output position fall inside the input, along one axis."""
     count = 0
@@ -146,23 +135,33 @@ def _affine_of(count: int) -> Any:
     def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         sums, total, affine, pitch, out = arguments
         floats = ir.VectorType(ir.FloatType(), count)
-
-        def coefficient(row: int) -> Any:
-            return _load(b, b.add(affine, b.mul(pitch, ir.Constant(_ADDRESS, row))), floats)
-
-        dot = b.sitofp(_dots(b, sums, total, count), floats)
-        scaled = b.fadd(b.fmul(dot, coefficient(0)), coefficient(1))
+        scale, bias, gain, offset = (load(b, b.add(affine, b.mul(pitch, ir.Constant(ADDRESS, row))), floats, 4) for row in range(4))
+        scaled = b.fadd(b.fmul(b.sitofp(_dots(b, sums, total, count), floats), scale), bias)
         fused = cgutils.get_or_insert_function(b.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fma.v{count}f32")
-        b.store(b.call(fused, (scaled, coefficient(2), coefficient(3))), b.inttoptr(out, ir.PointerType(floats))).align = 4
+        store(b, b.call(fused, (scaled, gain, offset)), out, 4)
         return context.get_dummy_value()
 
     return build
 
 
+def _dots(b: Any, sums: Any, total: Any, count: int) -> Any:
+    """`total - 2 sums` of `count` filters, as int32."""
+    wide, zeros = ir.VectorType(ir.IntType(32), count), ir.Constant(ir.VectorType(ir.IntType(32), count), [0] * count)
+    one = b.insert_element(ir.Constant(wide, ir.Undefined), total, ir.Constant(ir.IntType(32), 0))
+    found = b.zext(load(b, sums, ir.VectorType(ir.IntType(16), count), 2), wide)
+    return b.sub(b.shuffle_vector(one, one, zeros), b.shl(found, ir.Constant(wide, [1] * count)))
+
+
 @intrinsic
 def _sixteen_floats(typingctx, sums, total, affine, pitch, out):
     """Sixteen filters of `finish_floats`, by addresses."""
-    return types.void(types.uintp, types.int32, types.uintp, types.uintp, types.uintp), _affine_of(16)
+    return types.void(types.intp, types.int32, types.intp, types.intp, types.intp), _affine_of(16)
+
+
+@intrinsic
+def _one_float(typingctx, sums, total, affine, pitch, out):
+    """One filter of `finish_floats`, by addresses."""
+    return types.void(types.intp, types.int32, types.intp, types.intp, types.intp), _affine_of(1)
 
 
 @intrinsic
@@ -171,68 +170,34 @@ def _word(typingctx, sums, total, threshold, flip, out):
 
     def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         sums, total, threshold, flip, out = arguments
-        below = b.icmp_signed("<", _dots(b, sums, total, 64), _load(b, threshold, ir.VectorType(ir.IntType(32), 64)))
-        turned = b.load(b.inttoptr(flip, ir.PointerType(_ADDRESS)))
-        b.store(b.xor(b.bitcast(below, _ADDRESS), turned), b.inttoptr(out, ir.PointerType(_ADDRESS)))
+        below = b.icmp_signed("<", _dots(b, sums, total, 64), load(b, threshold, ir.VectorType(ir.IntType(32), 64), 4))
+        store(b, b.xor(b.bitcast(below, ADDRESS), load(b, flip, ADDRESS, 4)), out, 8)
         return context.get_dummy_value()
 
-    return types.void(types.uintp, types.int32, types.uintp, types.uintp, types.uintp), build
+    return types.void(types.intp, types.int32, types.intp, types.intp, types.intp), build
 
 
-def _load(b: Any, address: Any, kind: Any) -> Any:
-    value = b.load(b.inttoptr(address, ir.PointerType(kind)))
-    value.align = 4 if kind.element != ir.IntType(16) else 2
-    return value
-
-
-def _dots(b: Any, sums: Any, total: Any, count: int) -> Any:
-    """`total - 2 sums` of `count` filters, as int32."""
-    wide, zeros = ir.VectorType(ir.IntType(32), count), ir.Constant(ir.VectorType(ir.IntType(32), count), [0] * count)
-    one = b.insert_element(ir.Constant(wide, ir.Undefined), total, ir.Constant(ir.IntType(32), 0))
-    found = b.zext(_load(b, sums, ir.VectorType(ir.IntType(16), count)), wide)
-    return b.sub(b.shuffle_vector(one, one, zeros), b.shl(found, ir.Constant(wide, [1] * count)))
-
-
-@intrinsic
-def _one_float(typingctx, sums, total, affine, pitch, out):
-    """One filter of `finish_floats`, by addresses."""
-    return types.void(types.uintp, types.int32, types.uintp, types.uintp, types.uintp), _affine_of(1)
-
-
-# The loops below take addresses: making and dropping an array slice a pixel costs more than the arithmetic.
-@njit(boundscheck=False, nogil=True, error_model="numpy", cache=True)
-def finish_floats(sums, total, affine, pitch, out, count):
+@compiled
+def finish_floats(sums, total, affine, filters, out, count):
     """`out[c] = ((total - 2 sums[c]) * scale + bias) * gain + offset`; the last two are one FMA, as in PyTorch's batch norm.
 
-    Addresses of `count` uint16 and float32; `affine` that of the first filter's scale, `pitch` the bytes from there to its bias.
+    Addresses of `count` uint16 and float32; `affine` that of the first one's scale, in an array (4, filters).
     """
     for c in range(0, count - 15, 16):
-        _sixteen_floats(sums + np.uintp(2 * c), np.int32(total), affine + np.uintp(4 * c), pitch, out + np.uintp(4 * c))
+        _sixteen_floats(sums + 2 * c, np.int32(total), affine + 4 * c, 4 * filters, out + 4 * c)
     for c in range(count - count % 16, count):
-        _one_float(sums + np.uintp(2 * c), np.int32(total), affine + np.uintp(4 * c), pitch, out + np.uintp(4 * c))
+        _one_float(sums + 2 * c, np.int32(total), affine + 4 * c, 4 * filters, out + 4 * c)
 
 
-@njit(boundscheck=False, nogil=True, error_model="numpy", cache=True)
-def finish_bits(sums, total, threshold, flip, out, count):
+@compiled
+def finish_words(sums, total, threshold, flip, out, count):
     """Bit c is `(total - 2 sums[c] < threshold[c]) != flip[c]`, for `count` words of 64 filters; addresses, as above."""
     for k in range(count):
-        _word(sums + np.uintp(128 * k), np.int32(total), threshold + np.uintp(256 * k), flip + np.uintp(8 * k), out + np.uintp(8 * k))
+        _word(sums + 128 * k, np.int32(total), threshold + 256 * k, flip + 8 * k, out + 8 * k)
 
 
-def empty_outputs(shape: tuple[int, int, int, int], finish: Floats | Bits) -> tuple[np.ndarray, np.ndarray]:
-    """The float and the bit output of shape (n, h, w, k); the one that is not wanted has no filters."""
-    *pixels, filters = shape
-    as_floats = isinstance(finish, Floats)
-    return (
-        np.empty((*pixels, filters if as_floats else 0), np.float32),
-        np.empty((*pixels, 0 if as_floats else -(-filters // 64)), np.uint64),
-    )
-
-
-def finish_arrays(finish: Floats | Bits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`affine`, `threshold`, `flip` as the loops take them, the latter two filled to whole words with filters whose bit is 0."""
-    if isinstance(finish, Floats):
-        return finish.affine, np.empty(0, np.int32), np.empty(0, np.uint64)
-    room = -finish.threshold.size % 128
-    threshold = np.pad(finish.threshold, (0, room), constant_values=np.iinfo(np.int32).min)
-    return np.empty((4, 0), np.float32), threshold, np.packbits(np.pad(finish.flip, (0, room)), bitorder="little").view(np.uint64)
+def thresholds(threshold: np.ndarray, flip: np.ndarray) -> np.ndarray:
+    """`threshold` and, behind it, `flip` as the kernels read them: int32, both filled to pairs of words with filters whose bit is 0."""
+    room = -threshold.size % 128
+    bits = np.packbits(np.pad(flip, (0, room)), bitorder="little").view(np.int32)
+    return np.concatenate([np.pad(threshold, (0, room), constant_values=np.iinfo(np.int32).min), bits])

@@ -47,6 +47,13 @@ def bits(key, index):
     return _mix32(mixed ^ high(key, index))
 
 
+@njit(cache=True, nogil=True)
+def fill_bits(key, index, out):
+    """`bits` of each index (int64) as int32."""
+    for i in range(len(index)):
+        out[i] = np.int32(bits(np.uint64(key), np.uint64(index[i])))
+
+
 @njit(cache=True, nogil=True, inline="always")
 def uniform(key, index):
     """Float32 in [0, 1) of one index, for use inside compiled loops."""

@@ -1,6 +1,6 @@
 # pyright: reportCallIssue=false, reportMissingParameterType=false, reportArgumentType=false, reportReturnType=false
 # (numba's intrinsics are called without their first parameter)
-"""Binary convolution of packed numbers, by whatever the processor does fastest.
+"""Binary convolution of signs, by whatever the processor does fastest.
 
 With AVX2 alone that is table look-ups (`xnor_avx2`); elsewhere XOR and a popcount that the compiler turns into AVX-512 VPOPCNTDQ, NEON
 or the scalar instruction.
@@ -8,6 +8,7 @@ or the scalar instruction.
 Source: Rastegari et al. 2016, XNOR-Net, arXiv:1603.05279, section 3.2.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -16,18 +17,9 @@ from llvmlite import binding
 from numba import prange, types
 from numba.extending import intrinsic
 
-from lightning_cnn.kernels import xnor_avx2
-from lightning_cnn.kernels.bits import (
-    Bits,
-    Floats,
-    Geometry,
-    both,
-    chosen,
-    empty_outputs,
-    finish_arrays,
-    finish_bits,
-    finish_floats,
-)
+from lightning_cnn.kernels import xnor_avx2, xnor_tile
+from lightning_cnn.kernels.addresses import both, compiled, word_at
+from lightning_cnn.kernels.bits import Layout, chosen, finish_floats, finish_words, pack
 
 MAX_PRODUCTS = 65532  # sums are 16-bit words
 
@@ -39,10 +31,10 @@ def prefers_tables() -> bool:
     return bool(has.get("avx2")) and not has.get("avx512vpopcntdq")
 
 
-def panels(negative: np.ndarray, tables: bool | None = None) -> np.ndarray:
+def panels(negative: np.ndarray, dilation_w: int = 1, tables: bool | None = None) -> np.ndarray:
     """The weights (k, c, r, s; True where below zero) in the layout that `convolve` reads; `tables` overrides the choice of kernel."""
     if prefers_tables() if tables is None else tables:
-        return xnor_avx2.panels(negative)
+        return xnor_tile.panels(negative, dilation_w)
     filters, channels, *taps = negative.shape
     bits = np.zeros((*taps, -(-channels // 64) * 64, filters), np.uint8)
     bits[..., :channels, :] = negative.transpose(2, 3, 1, 0)
@@ -51,19 +43,22 @@ def panels(negative: np.ndarray, tables: bool | None = None) -> np.ndarray:
 
 
 def convolve(
-    words: np.ndarray, panel: np.ndarray, filters: int, geometry: Geometry, finish: Floats | Bits, threads: int = 1
-) -> np.ndarray:
-    """Convolve packed `words` (n, h, w, ceil(c / 64)) by `panels(...)`, zero-padded, and finish into float32 or words.
+    x: int, layout: Layout, size: Sequence[int], panel: int, finish: int, out: int, filters: int, to_words: bool,
+    geometry: Sequence[int], threads: int = 1, tables: bool | None = None,
+) -> None:  # fmt: skip
+    """Convolve the signs of `x`, zero-padded, and finish into `out`, (n, h, w, k) float32 or (n, h, w, ceil(k / 64)) words.
 
-    The result is (n, h, w, k) float32 or (n, h, w, ceil(k / 64)) uint64. Sums are exact; a product is +-1, a padded tap 0.
+    `x` of `size` (n, h, w), `panel` (by `panels`), `finish` (float32 (4, k), or `bits.thresholds`) and `out` are addresses of contiguous
+    arrays. Sums are exact; a product is +-1, a padded tap 0.
     """
-    if panel.dtype == np.uint8:
-        return xnor_avx2.convolve(words, panel, filters, geometry, finish, threads)
-    batch, height, width, _ = words.shape
-    size = geometry.output_size(height, width)
-    floats, bits = empty_outputs((batch, *size, filters), finish)
-    chosen(_CONVOLVE, threads)(words, panel, size, geometry, *finish_arrays(finish), floats, bits)
-    return floats if isinstance(finish, Floats) else bits
+    tables = prefers_tables() if tables is None else tables
+    words = None
+    if layout == Layout.FIRST or (layout == Layout.LAST and not tables):
+        words = pack(x, layout, size, geometry[0], threads)
+        x, layout = words.ctypes.data, Layout.WORDS
+    chosen(xnor_avx2.CONVOLVE if tables else _CONVOLVE, threads)(
+        x, int(layout), *size, panel, finish, out, filters, to_words, *geometry
+    )
 
 
 @intrinsic
@@ -74,46 +69,51 @@ def _popcount(typingctx, word):
     return types.uint64(types.uint64), build
 
 
-def _convolve(words, panel, size, geometry, affine, threshold, flip, floats, bits):
-    batch, height, width, per_pixel = words.shape
-    rows, columns = size
-    filters = panel.shape[1]
+@compiled
+def _count(value, place, found, panel, filters, count):
+    """count[k] = mismatches of `found` words with those of filter k, which lie at `place`."""
+    count[:] = 0
+    for i in range(0, found - 3, 4):
+        a, b, c, d = panel + place[i], panel + place[i + 1], panel + place[i + 2], panel + place[i + 3]
+        v0, v1, v2, v3 = value[i], value[i + 1], value[i + 2], value[i + 3]
+        for k in range(0, 8 * filters, 8):
+            four = _popcount(word_at(a + k) ^ v0) + _popcount(word_at(b + k) ^ v1)
+            count[k // 8] += four + _popcount(word_at(c + k) ^ v2) + _popcount(word_at(d + k) ^ v3)
+    for i in range(found - found % 4, found):
+        for k in range(filters):
+            count[k] += _popcount(word_at(panel + place[i] + 8 * k) ^ value[i])
+
+
+def _convolve(
+    x, _layout, batch, height, width, panel, finish, out, filters, to_words,
+    channels, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+):  # fmt: skip
+    rows = (height + 2 * padding_h - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
+    columns = (width + 2 * padding_w - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
+    per_pixel, words = (channels + 63) // 64, (filters + 63) // 64
     for task in prange(batch * rows):
         n, y = task // rows, task % rows
-        count = np.empty(filters, np.uint64)
-        sums = np.zeros(filters + 64, np.uint16)
-        value, place = np.empty(panel.shape[0] + 3, np.uint64), np.empty(panel.shape[0] + 3, np.int64)
-        for x in range(columns):
+        count, sums = np.empty(filters, np.uint64), np.zeros(filters + 64, np.uint16)
+        value, place = np.empty(kernel_h * kernel_w * per_pixel, np.uint64), np.empty(kernel_h * kernel_w * per_pixel, np.int64)
+        for column in range(columns):
             found = 0
-            for r in range(geometry.kernel_h):
-                from_y = y * geometry.stride_h - geometry.padding_h + r * geometry.dilation_h
-                for s in range(geometry.kernel_w):
-                    from_x = x * geometry.stride_w - geometry.padding_w + s * geometry.dilation_w
+            for r in range(kernel_h):
+                from_y = y * stride_h - padding_h + r * dilation_h
+                for s in range(kernel_w):
+                    from_x = column * stride_w - padding_w + s * dilation_w
                     if 0 <= from_y < height and 0 <= from_x < width:
                         for k in range(per_pixel):
-                            value[found] = words[n, from_y, from_x, k]
-                            place[found] = (r * geometry.kernel_w + s) * per_pixel + k
+                            value[found] = word_at(x + 8 * (((n * height + from_y) * width + from_x) * per_pixel + k))
+                            place[found] = 8 * filters * ((r * kernel_w + s) * per_pixel + k)
                             found += 1
-            count[:] = 0
-            for i in range(0, found - 3, 4):
-                a, b, c, d = panel[place[i]], panel[place[i + 1]], panel[place[i + 2]], panel[place[i + 3]]
-                v0, v1, v2, v3 = value[i], value[i + 1], value[i + 2], value[i + 3]
-                for k in range(filters):
-                    count[k] += _popcount(a[k] ^ v0) + _popcount(b[k] ^ v1) + _popcount(c[k] ^ v2) + _popcount(d[k] ^ v3)
-            for i in range(found - found % 4, found):
-                a, v0 = panel[place[i]], value[i]
-                for k in range(filters):
-                    count[k] += _popcount(a[k] ^ v0)
+            _count(value, place, found, panel, filters, count)
             for k in range(filters):
                 sums[k] = count[k]
-            total = found // per_pixel * geometry.channels
-            of_sums, pixel = np.uintp(sums.ctypes.data), (n * rows + y) * columns + x
-            if floats.shape[3]:
-                out = np.uintp(floats.ctypes.data) + np.uintp(4 * pixel * filters)
-                finish_floats(of_sums, total, np.uintp(affine.ctypes.data), np.uintp(4 * filters), out, filters)
+            total, pixel, of_sums = found // per_pixel * channels, (n * rows + y) * columns + column, np.int64(sums.ctypes.data)
+            if to_words:
+                finish_words(of_sums, total, finish, finish + (filters + 127) // 128 * 512, out + 8 * pixel * words, words)
             else:
-                out = np.uintp(bits.ctypes.data) + np.uintp(8 * pixel * bits.shape[3])
-                finish_bits(of_sums, total, np.uintp(threshold.ctypes.data), np.uintp(flip.ctypes.data), out, bits.shape[3])
+                finish_floats(of_sums, total, finish, filters, out + 4 * pixel * filters, filters)
 
 
 _CONVOLVE = both(_convolve)

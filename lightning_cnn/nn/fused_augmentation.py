@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cnn.errors import raise_all
+from lightning_cnn.errors import ConfigurationError, raise_all
 from lightning_cnn.functional import colour, warp
 from lightning_cnn.nn._warped import Params, Warped
 
@@ -110,12 +110,18 @@ class FusedAugmentation(Warped):
         brightness, contrast, saturation, turns = ((2 * params["u"][:, first : first + len(COLOURS)] - 1) * sizes).unbind(-1)
         factors = {"brightness": 1 + brightness, "contrast": 1 + contrast, "saturation": 1 + saturation}
         gain, pivot = colour.colour_gain(**factors, hue=turns * 2 * math.pi)
-        if "alpha" not in params:
-            return gain, pivot, torch.zeros_like(pivot)
-        components = gain.new_tensor(colour.IMAGENET_VALUES), gain.new_tensor(colour.IMAGENET_VECTORS)
-        return gain, pivot, colour.lighting(params["alpha"] * self.knobs["lighting"], *components)
+        return gain, pivot, self.light_of(params) if "alpha" in params else torch.zeros_like(pivot)
+
+    def light_of(self, params: Params) -> Tensor:
+        """The colour (b 3) that the lighting noise adds."""
+        alpha = params["alpha"] * self.knobs["lighting"]
+        return colour.lighting(alpha, alpha.new_tensor(colour.IMAGENET_VALUES), alpha.new_tensor(colour.IMAGENET_VECTORS))
 
     def apply_transform(self, input: Tensor, params: Params, flags: dict[str, Any], transform: Tensor | None = None) -> Tensor:
+        if self.colours and input.shape[1] not in (1, 3):
+            raise ConfigurationError(
+                f"Colours are those of grey or RGB pictures; got {input.shape[1]} channels. Leave the colour knobs out."
+            )
         if input.device.type == "cpu" and input.dtype == torch.float32 and not input.requires_grad and flags["fill"] != "reflection":
             return self._on_cpu(input, params, flags)
         output = super().apply_transform(input, params, flags, transform) if self.moves else input
@@ -132,15 +138,23 @@ class FusedAugmentation(Warped):
         """The same in one pass over each picture, compiled."""
         from lightning_cnn.kernels.augment import warp_colour
 
-        size_in, size_out = self._sizes(params)
-        terms = warp.position_terms(self.affine_of(params), size_out, self.lens_of(params))
-        terms = torch.cat([terms[:, :, :1] + terms.new_tensor([[(size_in[1] - 1) / 2], [(size_in[0] - 1) / 2]]), terms[:, :, 1:]], -1)
-        colours = self.colour_of(params) if self.colours else (torch.zeros(len(image), 3, 3), *torch.zeros(2, len(image), 3))
-        arrays = [array.float().contiguous().numpy() for array in (image, terms)]
+        _, size_out = self._sizes(params)
+        layout = torch.channels_last if image.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        light = self.light_of(params) if "alpha" in params else torch.zeros(len(image), 3)
+        arrays = [array.contiguous().numpy() for array in (params["u"].float(), light.float())]
         does = (self.bends, flags["fill"] == "border", self.moves, self.colours)
-        parts = [array.float().contiguous().numpy() for array in colours]
-        arguments = (*arrays, *does, *parts, size_out, torch.get_num_threads())
-        return torch.from_numpy(warp_colour(*arguments))
+        picture = image.contiguous(memory_format=layout).numpy()
+        return torch.from_numpy(warp_colour(picture, *arrays, self._compiled_knobs(), *does, size_out, torch.get_num_threads()))
+
+    def _compiled_knobs(self) -> Any:
+        from lightning_cnn.kernels.augment_terms import Knobs
+
+        knob = self.knobs
+        ranges = [*(knob["crop"] or (1.0, 1.0)), *map(math.log, knob["crop_ratio"]), knob["pad_crop_px"], *knob["scale"]]
+        sizes = [math.log1p(knob["stretch"]), math.radians(knob["rotate_deg"]), math.radians(knob["shear_deg"]), knob["translate"]]
+        sizes += [knob[name] for name in ("brightness", "contrast", "saturation")]
+        sizes += [2 * math.pi * knob["hue"], knob["lens"], knob["lens_tangential"]]
+        return Knobs(float(knob["flip"]), float(knob["flip_vertical"]), knob["crop"] is not None, *map(float, ranges + sizes))
 
     def affine_of(self, params: Params) -> Tensor:
         knob, (size_in, out) = self.knobs, self._sizes(params)

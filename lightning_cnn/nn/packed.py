@@ -8,6 +8,7 @@ Source: Rastegari et al. 2016, XNOR-Net, arXiv:1603.05279; Umuroglu et al. 2017,
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,40 +17,44 @@ from torch import Tensor, nn
 
 from lightning_cnn.errors import UnsupportedLayerError
 from lightning_cnn.kernels import xnor
-from lightning_cnn.kernels.bits import Bits, Floats, Geometry
-from lightning_cnn.kernels.bits import pack as pack_signs
+from lightning_cnn.kernels.bits import Geometry, Layout, thresholds
 from lightning_cnn.nn.low_bit import LowBitConv2d, LowBitLinear
 
 
-@torch.library.custom_op("lightning_cnn::xnor_conv2d", mutates_args=(), device_types="cpu")
-def xnor_conv2d(
-    x: Tensor, panel: Tensor, affine: Tensor, threshold: Tensor, flip: Tensor, filters: int, geometry: list[int], to_words: bool
-) -> Tensor:
-    """Convolve signs: `x` floats (n, c, h, w) or words (n, h, w, c / 64); the result likewise, floats channels_last."""
-    layout = panel.numpy() if panel.dtype == torch.uint8 else panel.numpy().view(np.uint64)
-    finish = Bits(threshold.numpy(), flip.numpy()) if to_words else Floats(affine.numpy())
-    shape, threads = Geometry(*geometry), torch.get_num_threads()
-    out = xnor.convolve(_words(x, threads), layout, filters, shape, finish, threads)
-    return torch.from_numpy(out.view(np.int64)) if to_words else torch.from_numpy(out).permute(0, 3, 1, 2)
-
-
-@xnor_conv2d.register_fake
-def _(
-    x: Tensor, panel: Tensor, affine: Tensor, threshold: Tensor, flip: Tensor, filters: int, geometry: list[int], to_words: bool
-) -> Tensor:
-    height, width = x.shape[1:3] if x.dtype == torch.int64 else x.shape[2:]
-    size = Geometry(*geometry).output_size(height, width)  # pyright: ignore[reportArgumentType]
-    if to_words:
-        return x.new_empty((x.shape[0], *size, -(-filters // 64)), dtype=torch.int64)
-    return x.new_empty((x.shape[0], *size, filters), dtype=torch.float32).permute(0, 3, 1, 2)
-
-
-def _words(x: Tensor, threads: int) -> np.ndarray:
+def _xnor_conv2d(x: Tensor, panel: Tensor, finish: Tensor, filters: int, geometry: list[int], to_words: bool) -> Tensor:
     if x.dtype == torch.int64:
-        return x.contiguous().numpy().view(np.uint64)
-    x = x.detach().float()
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    return pack_signs((x.permute(0, 2, 3, 1) if channels_last else x.contiguous()).numpy(), channels_last, threads)
+        x, layout, size = x.contiguous(), Layout.WORDS, x.shape[:3]
+    else:
+        x, size = x.float(), (x.shape[0], x.shape[2], x.shape[3])
+        layout = Layout.LAST if x.is_contiguous(memory_format=torch.channels_last) else Layout.FIRST
+        x = x if layout == Layout.LAST else x.contiguous()
+    if finish.dtype != (torch.int32 if to_words else torch.float32):
+        raise UnsupportedLayerError(
+            f"A packed layer computes in float32, got its coefficients in {finish.dtype}: leave the packed model's dtype as it is."
+        )
+    out = x.new_empty(_shape(size, geometry, filters, to_words), dtype=torch.int64 if to_words else torch.float32)
+    addresses = panel.data_ptr(), finish.data_ptr(), out.data_ptr()
+    xnor.convolve(x.data_ptr(), layout, size, *addresses, filters, to_words, geometry, torch.get_num_threads())
+    return out if to_words else out.permute(0, 3, 1, 2)
+
+
+# As an operator of the library itself: `torch.library.custom_op` takes 6 us a call more.
+_LIBRARY = torch.library.Library("lightning_cnn", "FRAGMENT")
+_LIBRARY.define("xnor_conv2d(Tensor x, Tensor panel, Tensor finish, int filters, int[] geometry, bool to_words) -> Tensor")
+_LIBRARY.impl("xnor_conv2d", _xnor_conv2d, "CPU")
+xnor_conv2d = torch.ops.lightning_cnn.xnor_conv2d.default
+"""Convolve signs: `x` floats (n, c, h, w) or words (n, h, w, c / 64); the result likewise, floats channels_last."""
+
+
+@torch.library.register_fake("lightning_cnn::xnor_conv2d", lib=_LIBRARY)
+def _(x: Tensor, panel: Tensor, finish: Tensor, filters: int, geometry: list[int], to_words: bool) -> Tensor:
+    size = x.shape[:3] if x.dtype == torch.int64 else (x.shape[0], *x.shape[2:])
+    out = x.new_empty(_shape(size, geometry, filters, to_words), dtype=torch.int64 if to_words else torch.float32)
+    return out if to_words else out.permute(0, 3, 1, 2)
+
+
+def _shape(size: Sequence[int], geometry: list[int], filters: int, to_words: bool) -> tuple[int, ...]:
+    return (size[0], *Geometry(*geometry).output_size(*size[1:]), -(-filters // 64) if to_words else filters)
 
 
 class _Packed(nn.Module):
@@ -60,6 +65,7 @@ class _Packed(nn.Module):
     threshold: Tensor
     flip: Tensor
     panel: Tensor
+    finish: Tensor
 
     def __init__(self, layer: LowBitConv2d | LowBitLinear, geometry: Geometry, norm: nn.Module | None, to_words: bool) -> None:
         super().__init__()
@@ -73,12 +79,13 @@ class _Packed(nn.Module):
         self.register_buffer("threshold", threshold if to_words else empty.int(), persistent=to_words)
         self.register_buffer("flip", flip if to_words else empty.bool(), persistent=to_words)
         self.register_buffer("panel", empty, persistent=False)
+        self.register_buffer("finish", empty, persistent=False)
         self.register_load_state_dict_post_hook(_lay_out)
         _lay_out(self)
 
     def multiply(self, x: Tensor) -> Tensor:
         """`xnor_conv2d` with this layer's buffers."""
-        return xnor_conv2d(x, self.panel, self.affine, self.threshold, self.flip, self.filters, list(self.geometry), self.to_words)  # pyright: ignore[reportReturnType]
+        return xnor_conv2d(x, self.panel, self.finish, self.filters, self.geometry, self.to_words)
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.geometry[:3]))
@@ -164,10 +171,11 @@ def _threshold(affine: Tensor, products: int) -> tuple[Tensor, Tensor]:
 
 
 def _lay_out(module: nn.Module, _: Any = None) -> None:
-    """Lay the weight bits out for the kernel of this processor; after loading, too."""
+    """Lay weights and thresholds out for the kernel of this processor; after loading, too."""
     layer: Any = module
     channels, *taps = layer.geometry[:3]
     bits = np.unpackbits(layer.weight_bits.numpy(), axis=1, count=channels * math.prod(taps), bitorder="little")
-    panel = xnor.panels(bits.reshape(layer.filters, channels, *taps).astype(bool))
-    # A torch allocation is 64-byte aligned, as the kernel needs; a numpy array is not.
-    layer.panel = torch.from_numpy(panel if panel.dtype == np.uint8 else panel.view(np.int64)).clone()
+    panel = xnor.panels(bits.reshape(layer.filters, channels, *taps).astype(bool), layer.geometry.dilation_w)
+    # A torch allocation is 64-byte aligned, a numpy array is not, and a vector load across two cache lines costs two.
+    layer.panel = torch.from_numpy(panel if panel.dtype == np.uint8 else panel.view(np.int64)).clone(memory_format=torch.contiguous_format)
+    layer.finish = torch.from_numpy(thresholds(layer.threshold.numpy(), layer.flip.numpy())) if layer.to_words else layer.affine

@@ -1,34 +1,59 @@
-"""Rounding of parameters that may be shards: an element draws the noise of its place in the whole parameter, on any layout."""
+"""Rounding of tensors that may be shards: an element draws the noise of its place in the whole, on any layout."""
+
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lightning_cnn.functional.rounding import Format, round_nearest, round_stochastic
-from lightning_cnn.precision._shadow import Piece
 
 
-def write_back(piece: Piece, value: Tensor, target: Format, rounding: str, *, seed: int, step: int, stream: str) -> None:
-    """Round float32 `value` into a piece of a parameter, in place, without touching its type or its gradient's graph."""
-    parameter = piece.parameter
-    sharded = isinstance(parameter, DTensor)
-    place, shard = (parameter.to_local(), global_index(parameter)) if sharded else (piece.of(parameter.detach()), piece.first)
-    value = value.to_local() if isinstance(value, DTensor) else value.detach()
+def write_back(
+    place: Tensor, value: Tensor, target: Format, rounding: str = "stochastic", *, index: int | Tensor = 0, **noise: int | str
+) -> None:
+    """Round float32 `value` into `place`, without touching its type or its gradient's graph; its first element is number `index`."""
+    if isinstance(place, DTensor):
+        index = global_index(place)
+    here, value = local(place.detach()), local(value.detach())
     if rounding == "nearest":
-        place.copy_(round_nearest(value, target))
+        here.copy_(round_nearest(value, target))
     else:
-        round_stochastic(value, target, seed=seed, step=step, stream=stream, index=shard, out=place)
+        round_stochastic(value, target, index=index, out=here, **noise)  # pyright: ignore[reportArgumentType]
     # the kernels write behind autograd's back; a graph that saved the old weights must notice
-    torch.autograd.graph.increment_version(parameter)
+    torch.autograd.graph.increment_version(place)
 
 
-def global_index(parameter: DTensor) -> int | Tensor:
-    """The position of the local shard's first element in the whole parameter, or of each where the shard is not one run."""
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    if tuple(shape[1:]) == tuple(parameter.shape[1:]):
-        return offset[0] * parameter.shape[1:].numel() if shape else 0
-    index = torch.zeros((), dtype=torch.int64, device=parameter.device)
-    for size, start, whole in zip(shape, offset, parameter.shape, strict=True):
-        index = index[..., None] * whole + torch.arange(start, start + size, device=index.device)
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a shard; anything else itself."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def as_shard(x: Tensor, like: Tensor) -> Tensor:
+    """The shard of what `like` is a shard of, of which `x` is this rank's part."""
+    if not isinstance(like, DTensor):
+        return x
+    return DTensor.from_local(x, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def global_index(whole: DTensor) -> int | Tensor:
+    """The position of the local shard's first element in the whole, or of each where the shard is not one run."""
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
+    if tuple(shape[1:]) == tuple(whole.shape[1:]):
+        return offset[0] * whole.shape[1:].numel() if shape else 0
+    index = torch.zeros((), dtype=torch.int64, device=whole.device)
+    for size, start, length in zip(shape, offset, whole.shape, strict=True):
+        index = index[..., None] * length + torch.arange(start, start + size, device=index.device)
     return index
+
+
+def problems(module: nn.Module, name: str) -> Iterator[str]:
+    """Why a plugin that looks at whole tensors cannot work here."""
+    strategy = getattr(getattr(module, "_trainer", None), "strategy", None)
+    if isinstance(strategy, ModelParallelStrategy):
+        yield (
+            f"{name} looks at whole weights, and {type(strategy).__name__} divides them. Use a strategy that keeps them whole, "
+            "such as SyncDDP, or StochasticRounding."
+        )

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_cnn.functional import counter
-from lightning_cnn.functional.rounding import round_stochastic
+from lightning_cnn.functional.rounding import as_format, round_stochastic
 from lightning_cnn.kernels import eight_bits
 from lightning_cnn.precision._shadow import Piece, parameters
+from lightning_cnn.precision._shard import as_shard, global_index, local, write_back
 
 STORAGES = ("fp32", "bf16", "8bit")
 BLOCK = eight_bits.BLOCK
@@ -33,7 +35,7 @@ class Packed:
 
     @classmethod
     def empty(cls, like: Tensor) -> "Packed":
-        blocks, device = -(-like.numel() // BLOCK), like.device
+        blocks, device = -(-local(like).numel() // BLOCK), like.device
         codes = torch.zeros(blocks, BLOCK, dtype=torch.uint8, device=device)
         return cls(codes, *(torch.zeros(blocks, dtype=dtype, device=device) for dtype in (torch.int8, torch.bool)))
 
@@ -42,17 +44,24 @@ class Packed:
         return Packed(self.codes[rows], self.exponents[rows], self.unsigned[rows])
 
     def unpack(self, like: Tensor) -> Tensor:
-        """As float32 in the shape of `like`."""
+        """As float32 in the shape of `like`, of which this is the local part."""
+        shape = local(like).shape
         if self.codes.device.type == "cpu":
-            out = torch.empty(like.shape)
+            out = torch.empty(shape)
             eight_bits.unpack(self.codes.numpy(), self.exponents.numpy(), self.unsigned.numpy(), out.numpy().reshape(-1))
-            return out
+            return as_shard(out, like)
         signed, unsigned = (self.codes.view(kind).float() for kind in (torch.float8_e4m3fn, torch.float8_e5m2))
         value = torch.where(self.unsigned[:, None], unsigned, signed) * _power_of_two(self.exponents)[:, None]
-        return value.reshape(-1)[: like.numel()].view(like.shape)
+        return as_shard(value.reshape(-1)[: shape.numel()].view(shape), like)
 
     def pack(self, value: Tensor, *, seed: int, step: int, stream: str, index: int = 0) -> "Packed":
-        """Put float32 `value` here, rounded stochastically; its first element is number `index`."""
+        """Put float32 `value` here, rounded stochastically; its first element is number `index`.
+
+        Blocks are a rank's own, and so is the order of their noise; copies of a shard agree.
+        """
+        if isinstance(value, DTensor):
+            place, value = global_index(value), local(value)
+            index = place if isinstance(place, int) else int(place.flatten()[0])
         if value.device.type == "cpu":
             key = counter.key(seed, "rounding", stream, step)
             arrays = (t.numpy() for t in (self.codes, self.exponents, self.unsigned))
@@ -95,7 +104,7 @@ def empty(parameter: Tensor, storage: str) -> Any:
     if storage == "8bit":
         return Packed.empty(parameter)
     dtype = torch.bfloat16 if storage == "bf16" else torch.float32
-    return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+    return torch.zeros_like(parameter.detach(), dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def widened(state: dict[str, Any], piece: Piece) -> dict[str, Any]:
@@ -131,13 +140,13 @@ def _stored(place: Any, value: Tensor, piece: Piece, storage: str, key: dict[str
         return place
     part = piece.of(place)
     if storage == "bf16":
-        round_stochastic(value, "bf16", out=part, **key)
+        write_back(part, value, as_format("bf16"), **key)
     elif part.data_ptr() != value.data_ptr():
         part.copy_(value)
     return place
 
 
-def portable(optimizer: Optimizer, store: Callable[[Tensor], None]) -> None:
+def portable(optimizer: Optimizer, storage: str, store: Callable[[Tensor], None]) -> None:
     """Let checkpoints hold plain tensors, and let loading keep them as they are before `store` puts them away.
 
     `Optimizer.load_state_dict` casts every state to its parameter's dtype, which would round float32 moments to bfloat16.
@@ -147,7 +156,7 @@ def portable(optimizer: Optimizer, store: Callable[[Tensor], None]) -> None:
     def save(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         owners = dict(zip(_ids(state_dict), parameters(optimizer), strict=True))
         state_dict["state"] = {
-            number: {name: value.unpack(owners[number]) if isinstance(value, Packed) else value for name, value in state.items()}
+            number: {name: _plain(value, owners[number], storage) for name, value in state.items()}
             for number, state in state_dict["state"].items()
         }
 
@@ -165,6 +174,13 @@ def portable(optimizer: Optimizer, store: Callable[[Tensor], None]) -> None:
     optimizer.register_state_dict_post_hook(save)
     optimizer.register_load_state_dict_pre_hook(before)
     optimizer.register_load_state_dict_post_hook(after)
+
+
+def _plain(value: Any, owner: Tensor, storage: str) -> Any:
+    if isinstance(value, Packed):
+        return value.unpack(owner)
+    # torch.distributed makes empty moments in the parameter's type before it loads those of a checkpoint into them
+    return value.float() if storage != "bf16" and is_moment(value, owner) and value.itemsize < 4 else value
 
 
 def _ids(state_dict: dict[str, Any]) -> list[Any]:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_cnn.errors import ConfigurationError, NoEffectWarning, raise_all
 from lightning_cnn.functional.rounding import Format, as_format, round_nearest, round_stochastic
-from lightning_cnn.precision import _shadow
+from lightning_cnn.precision import _shadow, _shard
 from lightning_cnn.precision._layers import NORMS
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class FixedPoint(Precision):
     # What Lightning calls, in its order
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        raise_all(self._problems())
+        raise_all([*self._problems(), *_shard.problems(module, "FixedPoint")])
         self.teardown()
         for name, layer in _layers(module):
             for own, parameter in layer.named_parameters(recurse=False):

@@ -9,9 +9,11 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_cnn.errors import NoEffectWarning, UnsupportedLayerError, raise_all
 from lightning_cnn.nn.low_bit import STEPS, BitWidths, candidates, drop_relus, lower
+from lightning_cnn.precision import _left_out, _shard
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +46,12 @@ class LowBit(Precision):
         raise_all(_problems(weights, activations, ste, self.keep, relu))
         self.bits = BitWidths(weights, activations, scale, ste, signed)
         self._lowered: dict[str, nn.Module] = {}
+        self._optimizers: list[Optimizer] = []
+        self._moments: dict[str, dict[str, Any]] = {}  # of the learned steps, between a checkpoint and the optimizer it goes to
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Lower the layers in place; checkpoints keep their keys. Called again for validation it finds nothing left to do."""
+        raise_all(_shard.problems(module, self._name))
         found = candidates(module)
         unknown = [name for name in self.skip if name not in found]
         raise_all(
@@ -81,14 +86,25 @@ class LowBit(Precision):
             for layer in self._lowered.values():
                 layer.weight.clamp_(-1, 1)  # pyright: ignore[reportCallIssue]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The learned steps, which the model's own checkpoint leaves out so that its keys stay those of the plain model."""
-        return {name: step.detach().clone() for name, step in self._steps()}
+    def connect(self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]) -> Any:
+        self._optimizers = list(optimizers)
+        for optimizer in optimizers:
+            _left_out.leave_out(optimizer, {step: name for name, step in self._steps()}, self._moments)
+        return model, optimizers, lr_schedulers
 
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The learned steps and their moments, which the checkpoint of model and optimizer leaves out: it stays that of a plain run."""
+        steps = {name: step.detach().clone() for name, step in self._steps()}
+        moments = {
+            name: optimizer.state[step] for optimizer in self._optimizers for name, step in self._steps() if step in optimizer.state
+        }
+        return {"steps": steps, "moments": moments}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._moments.update(state_dict["moments"])
         with torch.no_grad():
             for name, step in self._steps():
-                step.copy_(state_dict[name])
+                step.copy_(state_dict["steps"][name])
 
     def _steps(self) -> Iterator[tuple[str, Tensor]]:
         for name, layer in self._lowered.items():

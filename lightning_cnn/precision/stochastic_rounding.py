@@ -1,4 +1,4 @@
-"""Store weights in bfloat16 and train as well as in float32: every update is rounded up or down at random, right on average.
+"""Store weights in 16 bits and train as well as in float32: every update is rounded up or down at random, right on average.
 
 Source: Gupta et al. 2015, arXiv:1502.02551; for bfloat16 weights, Zamirai et al. 2020, arXiv:2010.06192.
 """
@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_cnn.errors import NoEffectWarning, raise_all
@@ -23,19 +24,17 @@ from lightning_cnn.precision._layers import NORMS
 from lightning_cnn.precision._shard import write_back
 
 log = logging.getLogger(__name__)
-HELD = [name for name, format in FLOATS.items() if format.mantissa <= 7]  # what a bfloat16 tensor holds exactly
+HELD = {"bf16": "bf16-true", "fp16": "16-true"}  # and what Lightning calls them
 
 
 class StochasticRounding(Precision):
-    """Weights in `format`; any torch optimizer steps unchanged on float32 shadows, written back with stochastic rounding.
+    """Weights in "bf16" or "fp16"; any torch optimizer steps unchanged on float32 shadows, written back with stochastic rounding.
 
     Norm layers, buffers and the layers named in `keep` (patterns) stay float32. `states` stores the optimizer's moments as "fp32",
     "bf16" or "8bit". Adam and AdamW step in one pass on a CPU and need no shadows there; other optimizers of torch.optim step
     `bucket_mib` of shadows at a time, so that is all the memory a step adds.
     `rounding="nearest"` is there to show what is lost without.
     """
-
-    precision = "bf16-true"
 
     def __init__(
         self,
@@ -48,10 +47,13 @@ class StochasticRounding(Precision):
         seed: int = 0,
     ) -> None:
         self.format, self.states, self.rounding = format, states, rounding
+        self.precision = HELD.get(format, "32-true")  # pyright: ignore[reportAttributeAccessIssue]
         self.keep, self.bucket_mib, self.seed = tuple(keep), bucket_mib, seed
         self._workspace = _shadow.Workspace()
         self._steps: list[int] = []
         self._optimizers: list[Optimizer] = []
+        self._module: nn.Module | None = None
+        self._known: set[Tensor] = set()
         self._low: dict[Tensor, str] = {}
         self._after: dict[Tensor, dict[str, Any]] = {}  # states of parameters that a step is in the middle of
 
@@ -59,17 +61,11 @@ class StochasticRounding(Precision):
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         raise_all(self._problems(module))
-        chosen = {id(p) for layer in self._layers(module) for p in layer.parameters(recurse=False) if p.is_floating_point()}
-        target = as_format(self.format)
-        self._low = {}
-        for name, parameter in module.named_parameters():
-            if id(parameter) not in chosen:
-                continue
-            self._low[parameter] = name.replace("_orig_mod.", "")
-            if parameter.dtype == torch.bfloat16:
-                continue
-            # before the optimizer and DDP exist the data may still change its type
-            parameter.data = round_nearest(parameter.data, target).to(torch.bfloat16)
+        self._module, target = module, as_format(self.format)
+        self._low = self._chosen(module)
+        for parameter in self._low:
+            if parameter.dtype != target.dtype:
+                _retype(parameter, round_nearest(parameter.detach(), target))
         self._announce(module)
         return module
 
@@ -83,18 +79,20 @@ class StochasticRounding(Precision):
         self._optimizers = list(optimizers)
         self._steps = self._steps if len(self._steps) == len(optimizers) else [0] * len(optimizers)
         for optimizer in optimizers:
-            _states.portable(optimizer, lambda parameter, optimizer=optimizer: self._store(optimizer, parameter))
+            _states.portable(optimizer, self.states, lambda parameter, optimizer=optimizer: self._store(optimizer, parameter))
         return model, optimizers, lr_schedulers
 
     def forward_context(self) -> AbstractContextManager:
         device = next((parameter.device.type for parameter in self._low), "cpu")
-        return torch.autocast(device, torch.bfloat16)
+        return torch.autocast(device, as_format(self.format).dtype)
 
     def optimizer_step(self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         result = closure()
         self._after_closure(model, optimizer)
         if result is None and model.automatic_optimization:
             return result
+        if self._module is not None and not self._known.issuperset(_shadow.parameters(optimizer)):
+            self._low = self._chosen(self._module)  # a strategy has put shards in the parameters' places
         number = self._optimizers.index(optimizer)
         self._steps[number] += 1
         done = self._step_fused(optimizer)
@@ -109,7 +107,7 @@ class StochasticRounding(Precision):
         self._steps = list(state_dict["steps"])
 
     def teardown(self) -> None:
-        self._workspace = _shadow.Workspace()
+        self._workspace, self._module = _shadow.Workspace(), None
 
     # What it does
 
@@ -141,7 +139,7 @@ class StochasticRounding(Precision):
 
     def _put_away(self, optimizer: Optimizer, piece: _shadow.Piece, shadow: Tensor) -> None:
         noise = self._noise(optimizer, piece.parameter)
-        write_back(piece, shadow, as_format(self.format), self.rounding, **noise)
+        write_back(piece.of(piece.parameter.detach()), shadow, as_format(self.format), self.rounding, index=piece.first, **noise)
         if (state := optimizer.state.pop(shadow, None)) is None:
             return
         # other pieces still need the state as it was before the step
@@ -158,18 +156,26 @@ class StochasticRounding(Precision):
         number = self._optimizers.index(optimizer)
         return {"seed": self.seed, "step": self._steps[number], "stream": f"{number}/{self._low[parameter]}"}
 
-    def _layers(self, module: nn.Module) -> list[nn.Module]:
+    def _chosen(self, module: nn.Module) -> dict[Tensor, str]:
+        """The parameters to hold in fewer bits, and their names."""
         kept = [name for name, _ in module.named_modules() for pattern in self.keep if fnmatchcase(name, pattern)]
-        return [
-            layer
+        chosen = {
+            id(parameter)
             for name, layer in module.named_modules()
             if not isinstance(layer, NORMS) and not any(name == k or name.startswith(f"{k}.") for k in kept)
-        ]
+            for parameter in layer.parameters(recurse=False)
+            if parameter.is_floating_point()
+        }
+        self._known = set(module.parameters())
+        return {p: name.replace("_orig_mod.", "") for name, p in module.named_parameters() if id(p) in chosen}
 
     def _problems(self, module: nn.Module) -> list[str]:
         problems = []
         if self.format not in HELD:
-            problems.append(f"format={self.format!r} cannot be held in bfloat16 parameters; choose one of {', '.join(HELD)}.")
+            reason = (
+                "torch has no arithmetic for parameters of 8 bits, held in 16 they would save nothing" if self.format in FLOATS else ""
+            )
+            problems.append(f"format={self.format!r} is not one of {', '.join(HELD)}{reason and f' ({reason})'}.")
         if self.states not in _states.STORAGES:
             problems.append(f"states={self.states!r} is not one of {', '.join(_states.STORAGES)}.")
         if self.rounding not in ("stochastic", "nearest"):
@@ -184,5 +190,13 @@ class StochasticRounding(Precision):
         low = sum(parameter.numel() for parameter in self._low)
         whole = sum(parameter.numel() for parameter in module.parameters())
         if not low:
-            warnings.warn("StochasticRounding found no parameter to store in bfloat16.", NoEffectWarning, stacklevel=2)
+            warnings.warn(f"StochasticRounding found no parameter to store in {self.format}.", NoEffectWarning, stacklevel=2)
         log.info("StochasticRounding: %d of %d parameters in %s, optimizer states in %s", low, whole, self.format, self.states)
+
+
+def _retype(parameter: Tensor, data: Tensor) -> None:
+    """Give a parameter data of another type: allowed before the optimizer and DDP exist."""
+    if isinstance(data, DTensor):  # assigned, `data` would keep the old shard
+        torch.utils.swap_tensors(parameter, nn.Parameter(data, parameter.requires_grad))
+    else:
+        parameter.data = data

@@ -22,10 +22,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
-from torchmetrics import Metric
 
 from lightning_cnn.errors import DistributedError
 from lightning_cnn.strategy._doctor import Diagnosis, batch_norms, check, synced_norms
+from lightning_cnn.strategy._metrics import Redirected
 from lightning_cnn.strategy._schedule import GlobalClock, fair_share
 from lightning_cnn.strategy._stealing import StealingLane, StealingLoader, StealingSampler, loads_a_plan
 from lightning_cnn.strategy._stop import save_and_stop
@@ -47,6 +47,7 @@ class Apart(Watched, ParallelStrategy):
         self._num_nodes, self._last_meeting = 1, ""
         self.together, self._settled = True, True
         self.sampler: StealingSampler | None = None
+        self._redirected: Redirected | None = None
         self.report: dict[str, Any] = {}
 
     # -- what a child defines -----------------------------------------------------------------------------------------------------
@@ -105,8 +106,7 @@ class Apart(Watched, ParallelStrategy):
         super().setup(trainer)
         module = self.lightning_module
         assert module is not None
-        for metric in (m for m in module.modules() if isinstance(m, Metric)):
-            metric.distributed_available_fn, metric.dist_sync_fn = self._is_together, self._gather_tensors
+        self._redirected = Redirected(module, distributed_available_fn=self._is_together, dist_sync_fn=self._gather_tensors)
         states = self.meet("first weights", module.state_dict() if self.is_global_zero else None)
         module.load_state_dict(states[0])
         if fitting:
@@ -190,6 +190,8 @@ class Apart(Watched, ParallelStrategy):
             mine = callbacks(module.trainer)
             mine[:] = [callback for callback in mine if not isinstance(callback, _Boundaries)]
             module.__dict__.pop("lr_scheduler_step", None)
+        if self._redirected is not None:
+            self._redirected.undo()
         super().teardown()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

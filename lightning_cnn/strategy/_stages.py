@@ -48,16 +48,17 @@ class Runner:
         device: torch.device,
         context: Callable[[], AbstractContextManager],
         loss: Callable[[Tensor, Tensor], Tensor] | None,
+        group: Any = None,
     ) -> None:
         kind, each = SCHEDULES[schedule]
-        rank, owners = dist.get_rank(), places(schedule, dist.get_world_size())
+        rank, owners = dist.get_rank(group), places(schedule, dist.get_world_size(group))
         self.mine = [i for i, owner in enumerate(owners) if owner == rank]
         self.first, self.last, self.speaker = owners[0] == rank, owners[-1] == rank, owners[-1]
-        self.micro_batches, self.device = micro_batches, device
+        self.micro_batches, self.device, self.group = micro_batches, device, group
         wrapped = [_InContext(stage, context) for stage in stages]
         passed = _passed(wrapped, picture, -(-len(picture) // micro_batches), trains=loss is not None)
         self.answer_like = passed[-1]
-        built = [PipelineStage(wrapped[i], i, len(stages), device, input_args=passed[i], output_args=passed[i + 1]) for i in self.mine]
+        built = [PipelineStage(wrapped[i], i, len(stages), device, passed[i], passed[i + 1], group=group) for i in self.mine]
         self.schedule = kind(built if each > 1 else built[0], micro_batches, loss_fn=loss, scale_grads=False)
 
     def train(self, picture: Tensor) -> tuple[Tensor, float]:
@@ -66,7 +67,7 @@ class Runner:
         rows, padded = self._padded(picture)
         answer = self.schedule.step(*((padded,) if self.first else ()), **({"target": rows, "losses": losses} if self.last else {}))
         total = torch.stack(losses).detach().sum().double() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
-        dist.broadcast(total, self.speaker)
+        dist.broadcast(total, group=self.group, group_src=self.speaker)
         return self._told(answer, len(picture)), float(total)
 
     def evaluate(self, picture: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class Runner:
         like = self.answer_like
         shape = (len(like) * self.micro_batches, *like.shape[1:])
         told = answer.detach().contiguous() if answer is not None else like.new_empty(shape)
-        dist.broadcast(told, self.speaker)
+        dist.broadcast(told, group=self.group, group_src=self.speaker)
         return told[:count]
 
 

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import NoReturn
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_cnn.strategy._team import Team
@@ -30,11 +30,18 @@ def listen(team: Team) -> None:
         signal.signal(signal.SIGTERM, ask)
 
 
+def answered() -> bool:
+    """Whether a callback answers SIGTERM by itself."""
+    return isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Callback)
+
+
 def save_and_stop(trainer: Trainer) -> NoReturn:
-    """All ranks are here: save beside the other checkpoints, and leave training."""
-    folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
-    path = Path(folder, FILE)
-    trainer.save_checkpoint(path, weights_only=False)
+    """All ranks are here: save beside the other checkpoints, unless the Trainer is not to write any, and leave training."""
+    result = "nothing was saved, because the Trainer has enable_checkpointing=False"
+    if trainer.checkpoint_callbacks:
+        path = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir, FILE)
+        trainer.save_checkpoint(path, weights_only=False)
+        result = f"saved {path}, resume from it"
     if trainer.is_global_zero:
-        log.warning("SIGTERM: saved %s in epoch %d, step %d; resume from it", path, trainer.current_epoch, trainer.global_step)
+        log.warning("SIGTERM: stopped in epoch %d, step %d; %s", trainer.current_epoch, trainer.global_step, result)
     raise SIGTERMException

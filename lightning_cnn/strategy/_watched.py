@@ -20,7 +20,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_cnn.errors import DistributedError
-from lightning_cnn.strategy._stop import listen, save_and_stop
+from lightning_cnn.strategy._stop import answered, listen, save_and_stop
 from lightning_cnn.strategy._team import Team
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ class Watched(ParallelStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         assert self.team is not None and self.lightning_module is not None
-        listen(self.team)  # not before: Lightning has installed its own handler by now
+        if not (self.default_group and answered()):  # apart, no callback could make the others stop at the same place
+            listen(self.team)  # not before: Lightning has installed its own handler by now
         if self.default_group:
             vars(self.lightning_module.trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = self._agree_to_stop
 

@@ -14,19 +14,20 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.optim import Optimizer
 
 from lightning_cnn.errors import DataError, raise_all
+from lightning_cnn.strategy._average import average
 from lightning_cnn.strategy._doctor import Diagnosis, batch_norms, check
+from lightning_cnn.strategy._owners import Scattered
 from lightning_cnn.strategy._watched import Watched
 
 log = logging.getLogger(__name__)
 
 
-class OneWeirdTrick(Watched, ModelParallelStrategy):
+class OneWeirdTrick(Scattered, Watched, ModelParallelStrategy):
     """Each process has its share of the batch in the convolutions, and its share of the outputs in every fully connected layer.
 
     Convolutions have few weights and many activations, fully connected layers the reverse: so the gradients of the former are averaged,
@@ -48,6 +49,7 @@ class OneWeirdTrick(Watched, ModelParallelStrategy):
         )
         self.timeout_s = timeout_s
         self._hooks: list[tuple[dict, int]] = []  # those that divide the layers
+        self._samples = self._most = self._least = 0  # in the batch at hand: here, and on the ranks with the most and the least
 
     @property
     def _num_nodes(self) -> int:
@@ -107,7 +109,11 @@ class OneWeirdTrick(Watched, ModelParallelStrategy):
         tables: list[dict] = [table for layer in layers for table in (layer._forward_pre_hooks, layer._forward_hooks)]
         before, old = [set(table) for table in tables], _parameters(layers)
         plan: Any = {name: ColwiseParallel(input_layouts=Shard(0), output_layouts=Shard(0)) for name in names}
+        for layer in layers:
+            layer.register_forward_pre_hook(self._fill)
         parallelize_module(module, mesh, plan)
+        for layer in layers:
+            layer.register_forward_hook(self._cut)
         self._hooks = [(table, key) for table, keys in zip(tables, before, strict=True) for key in table if key not in keys]
         self._replaced(old, _parameters(layers), lambda t: distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None))
         log.info("OneWeirdTrick: %d processes share the outputs of %s", self.world_size, ", ".join(names))
@@ -136,20 +142,6 @@ class OneWeirdTrick(Watched, ModelParallelStrategy):
                 kept = optimizer.state.pop(p).items()
                 optimizer.state[others[p]] = {k: change(v) if isinstance(v, Tensor) and v.shape == p.shape else v for k, v in kept}
 
-    def on_train_end(self) -> None:
-        self._unite()
-
-    def on_validation_end(self) -> None:
-        assert self.lightning_module is not None
-        if self.lightning_module.trainer.state.fn == TrainerFn.VALIDATING:
-            self._unite()
-
-    def on_test_end(self) -> None:
-        self._unite()
-
-    def on_predict_end(self) -> None:
-        self._unite()
-
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         batch = super().batch_to_device(batch, device, dataloader_idx)
         sizes: list[int] = []
@@ -157,12 +149,23 @@ class OneWeirdTrick(Watched, ModelParallelStrategy):
         if self.world_size > 1 and sizes:
             ends = torch.tensor([sizes[0], -sizes[0]], device=self.root_device)
             dist.all_reduce(ends, dist.ReduceOp.MAX)
-            if int(ends.sum()):
-                raise DataError(
-                    f"rank {self.global_rank} was given {sizes[0]} samples, and the ranks' batches have {-int(ends[1])} to {int(ends[0])}. "
-                    "The fully connected layers gather all of them and need equal numbers: use drop_last=True or another batch size."
-                )
+            self._samples, self._most, self._least = sizes[0], int(ends[0]), -int(ends[1])
         return batch
+
+    def _fill(self, layer: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Before a divided layer: zeros up to the largest batch. DTensor wants equal parts, and zeros add nothing to a gradient."""
+        x = given[0]
+        if self._least == self._most:
+            return None
+        if len(x) != self._samples:
+            raise DataError(
+                f"rank {self.global_rank} was given {self._samples} samples, and the ranks' batches have {self._least} to {self._most}, but a "
+                f"fully connected layer has {len(x)} rows. Only rows that are samples can be evened out: use drop_last=True."
+            )
+        return (nn.functional.pad(x, (*[0, 0] * (x.dim() - 1), 0, self._most - len(x))), *given[1:])
+
+    def _cut(self, layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return None if self._least == self._most else output[: self._samples]
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Sum or average over the processes once all batches of a step are in."""
@@ -173,11 +176,7 @@ class OneWeirdTrick(Watched, ModelParallelStrategy):
         for gradient in gradients:
             if isinstance(gradient, DTensor):  # the sum over everybody's samples already
                 gradient.to_local().div_(self.world_size)
-        if plain := [g for g in gradients if not isinstance(g, DTensor)]:
-            flat = _flatten_dense_tensors(plain)
-            dist.all_reduce(flat)
-            for gradient, mean in zip(plain, _unflatten_dense_tensors(flat.div_(self.world_size), plain), strict=True):
-                gradient.copy_(mean)
+        average([g for g in gradients if not isinstance(g, DTensor)])
 
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
         """By the norm of the whole gradient: of what is divided, every process's part counts."""

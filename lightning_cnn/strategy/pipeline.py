@@ -16,21 +16,25 @@ from torch.optim import Optimizer
 
 from lightning_cnn.errors import ConfigurationError, UnsupportedLayerError, raise_all
 from lightning_cnn.nn.stages import evaluating
+from lightning_cnn.strategy._average import average
 from lightning_cnn.strategy._cut import Chain
-from lightning_cnn.strategy._divided import OneReplica
+from lightning_cnn.strategy._divided import Divided
 from lightning_cnn.strategy._doctor import Diagnosis, batch_norms
+from lightning_cnn.strategy._owners import Owners, Scattered
 from lightning_cnn.strategy._stages import SCHEDULES, Runner, micro_batches_problem, places
 from lightning_cnn.strategy._step import Deliver, Reached, bare, loss_of, network_of, quiet
 
 log = logging.getLogger(__name__)
 
 
-class Pipeline(OneReplica):
+class Pipeline(Scattered, Divided):
     """Cuts the network into stages of equal measured time, one or two a process, and streams `micro_batches` through them.
 
     The LightningModule stays as it is: its `training_step` runs with the network's answer in the place of the network, for each
     micro-batch on the process with the last stage (whose loss is differentiated) and once for the whole batch on every process (whose
     numbers are logged). Each process keeps weights, gradients and optimizer state of its own stages only; checkpoints hold the whole model.
+
+    `data_parallel=n` makes n such pipelines, each with its share of the batch; gradients are averaged among those with the same stage.
 
     Source: Huang et al. 2019 (GPipe), arXiv:1811.06965; Narayanan et al. 2021 (1F1B, interleaved), arXiv:2104.04473; Qi et al. 2023
     (zero bubble), arXiv:2401.10241. Runs torch.distributed.pipelining.
@@ -42,6 +46,7 @@ class Pipeline(OneReplica):
         stages: Literal["auto"] | Sequence[str] = "auto",
         schedule: Literal["gpipe", "1f1b", "interleaved", "zb"] = "1f1b",
         micro_batches: int = 4,
+        data_parallel: int = 1,
         batch_norm: Literal["refuse", "micro"] = "refuse",
         timeout_s: float = 1800.0,
         **kwargs: Any,
@@ -49,14 +54,15 @@ class Pipeline(OneReplica):
         raise_all(
             [f"schedule must be one of {tuple(SCHEDULES)}, got {schedule!r}"] * (schedule not in SCHEDULES)
             + [f"micro_batches must be at least 1, got {micro_batches}"] * (micro_batches < 1)
+            + [f"data_parallel must be at least 1, got {data_parallel}"] * (data_parallel < 1)
             + [f"batch_norm must be 'refuse' or 'micro', got {batch_norm!r}"] * (batch_norm not in ("refuse", "micro"))
             + [f"stages must be 'auto' or names of layers, got {stages!r}"] * (isinstance(stages, str) and stages != "auto")
             + [f"timeout_s must be positive, got {timeout_s}"] * (timeout_s <= 0)
         )
-        super().__init__(timeout_s=timeout_s, **kwargs)
+        super().__init__(data_parallel=data_parallel, timeout_s=timeout_s, **kwargs)
         self.stages, self.schedule, self.micro_batches, self.batch_norm = stages, schedule, micro_batches, batch_norm
         self._network: nn.Module | None = None
-        self._owner: dict[int, int] = {}  # id of a parameter or buffer -> the rank that holds it, once the network is cut
+        self._owners: Owners | None = None
         self._cuts: list[str] = []
         self._runners: dict[Any, Runner] = {}
         self._answer: Tensor | Exception | None = None
@@ -69,19 +75,26 @@ class Pipeline(OneReplica):
         if self.world_size > 1:
             self._network = network_of(trainer.lightning_module)
             self._network.forward = self._forward
+            self._owners = Owners(trainer.lightning_module, self._place, self._copy)
             self.precision_plugin.clip_grad_by_norm = self._clip  # type: ignore[method-assign]
 
     def examine(self, trainer: Trainer, model: LightningModule) -> Diagnosis:
         found = super().examine(trainer, model)
-        if trainer.world_size == 1:
+        ranks, left = divmod(trainer.world_size, self.data_parallel)
+        if left or (ranks == 1 and self.data_parallel > 1):
+            found.problems.append(
+                f"data_parallel={self.data_parallel} needs a multiple of {self.data_parallel} processes, two or more for each pipeline, and "
+                f"the Trainer has {trainer.world_size}"
+            )
+        if left or ranks == 1:
             return found
         try:
             network_of(model)
         except UnsupportedLayerError as error:
             found.problems.append(str(error))
-        if problem := micro_batches_problem(self.schedule, self.micro_batches, trainer.world_size):
+        if problem := micro_batches_problem(self.schedule, self.micro_batches, ranks):
             found.problems.append(problem)
-        if self.stages != "auto" and len(self.stages) + 1 != (wanted := len(places(self.schedule, trainer.world_size))):
+        if self.stages != "auto" and len(self.stages) + 1 != (wanted := len(places(self.schedule, ranks))):
             found.problems.append(f"stages names {len(self.stages)} beginnings; {wanted} stages need {wanted - 1}")
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             found.problems.append(
@@ -130,7 +143,7 @@ class Pipeline(OneReplica):
         picture = self._captured(args, kwargs)
         runner = self._runner(picture, self._loss)
         self._batch = args, kwargs, len(picture)
-        trained = [p for p in self._own_parameters() if p.requires_grad]
+        trained = [p for p in self._all_owners.mine() if p.requires_grad]
         before = [p.grad for p in trained]
         for p in trained:
             p.grad = None
@@ -198,18 +211,18 @@ class Pipeline(OneReplica):
             stages = self._stages(chain, picture)
             context = self.precision_plugin.forward_context
             with evaluating(network):  # a trial must not count in BatchNorm
-                runner = Runner(stages, picture, self.schedule, self.micro_batches, self.root_device, context, loss)
+                runner = Runner(stages, picture, self.schedule, self.micro_batches, self.root_device, context, loss, self._copy)
             self._runners[key] = runner
         return self._runners[key]
 
     def _stages(self, chain: Chain, picture: Tensor) -> list[nn.Module]:
-        owners = places(self.schedule, self.world_size)
+        owners = places(self.schedule, self._copy_size)
         if not self._cuts:
             self._cuts = self._choose(chain, picture, len(owners))
         ends = [None, *self._cuts, None]
         stages: list[nn.Module] = [chain.stage(a, b) for a, b in itertools.pairwise(ends)]
-        if not self._owner:
-            self._divide(stages, owners)
+        if not self._all_owners:
+            self._all_owners.divide(stages, owners, self.optimizers)
         return stages
 
     def _choose(self, chain: Chain, picture: Tensor, count: int) -> list[str]:
@@ -222,67 +235,29 @@ class Pipeline(OneReplica):
         log.info("Pipeline: cut after %s; forward ms %s", ", ".join(cuts), [round(1000 * s, 2) for s in seconds])
         return cuts
 
-    def _divide(self, stages: list[nn.Module], owners: list[int]) -> None:
-        """Give each tensor to the rank of its stage; the others keep its shape only."""
-        for stage, owner in zip(stages, owners, strict=True):
-            for tensor in (*stage.parameters(), *stage.buffers()):
-                if self._owner.setdefault(id(tensor), owner) != owner:
-                    raise UnsupportedLayerError("stages of different processes share a weight; cut elsewhere with stages=[...]")
-        for parameter in self._module.parameters():
-            if self._owner.get(id(parameter), self.global_rank) != self.global_rank:
-                parameter.grad, parameter.data = None, parameter.data.new_zeros(()).expand(parameter.shape)
-                for optimizer in self.optimizers:
-                    optimizer.state.pop(parameter, None)
-
-    def _own_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self._module.parameters() if self._owner.get(id(p), -1) == self.global_rank]
-
     # -- the whole model ----------------------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole model on rank 0; elsewhere this rank's part, which Lightning does not write."""
+        """The whole model on rank 0; elsewhere this process's part, which Lightning does not write."""
         state = super().lightning_module_state_dict()
-        named: dict[str, Tensor] = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
-        for name, tensor in state.items():
-            owner = self._owner.get(id(named.get(name)), 0)
-            if owner and self.global_rank == owner:
-                dist.send(tensor.contiguous(), 0)
-            elif owner and self.is_global_zero:
-                state[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-                dist.recv(state[name], owner)
+        if self._owners and self.global_rank == self._place:  # the first copy
+            self._owners.collect(state)
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state = super().optimizer_state(optimizer)
-        if self.world_size == 1:
-            return state
-        parts: list[Any] = [None] * self.world_size
-        dist.gather_object(_on_cpu(state["state"]), parts if self.is_global_zero else None)
-        return {**state, "state": {k: v for part in reversed(parts) if part for k, v in part.items()}}
+        return state if self._owners is None else self._owners.collect_optimizer(state)
 
-    def on_train_end(self) -> None:
-        self._unite()
-
-    def on_validation_end(self) -> None:
-        if self._module.trainer.state.fn == TrainerFn.VALIDATING:
-            self._unite()
-
-    def on_test_end(self) -> None:
-        self._unite()
-
-    def on_predict_end(self) -> None:
-        self._unite()
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Average the gradients of the copies (and what BatchNorm has counted in them) once all batches of a step are in."""
+        if self.data_parallel > 1 and not self._module.trainer.fit_loop._should_accumulate():
+            gradients = [p.grad for p in self._all_owners.mine() if p.grad is not None]
+            average([*gradients, *self._all_owners.my_statistics()], self._peers)
 
     def _unite(self) -> None:
         """The whole model on every rank again, for whoever uses it after the Trainer."""
-        for tensor in (*self._module.parameters(), *self._module.buffers()):
-            if (owner := self._owner.get(id(tensor))) is not None:
-                mine = owner == self.global_rank
-                value = tensor.data.contiguous() if mine else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-                dist.broadcast(value, owner)
-                if not mine:
-                    tensor.data = value
-        self._owner.clear()
+        if self._owners is not None:
+            self._owners.unite()
         self._runners.clear()
 
     def teardown(self) -> None:
@@ -301,15 +276,15 @@ class Pipeline(OneReplica):
             else torch.zeros((), dtype=torch.float64)
         )
         square = norm.to(self.root_device).square()
-        dist.all_reduce(square)
+        dist.all_reduce(square, group=self._copy)
         nn.utils.clip_grads_with_norm_(parameters, clip_val, square.sqrt())
+
+    @property
+    def _all_owners(self) -> Owners:
+        assert self._owners is not None
+        return self._owners
 
     @property
     def _module(self) -> LightningModule:
         assert self.lightning_module is not None
         return self.lightning_module
-
-
-def _on_cpu(state: Any) -> Any:
-    move: Callable[[Tensor], Tensor] = lambda t: t.detach().cpu()  # noqa: E731
-    return apply_to_collection(state, Tensor, move)

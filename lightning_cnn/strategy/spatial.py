@@ -10,14 +10,14 @@ from torch import Tensor
 
 from lightning_cnn.errors import NoEffectWarning, raise_all
 from lightning_cnn.strategy._band import Band, divide, whole
-from lightning_cnn.strategy._divided import OneReplica
+from lightning_cnn.strategy._divided import Divided
 from lightning_cnn.strategy._doctor import Diagnosis, batch_norms
 from lightning_cnn.strategy._grid import Grid
 
 log = logging.getLogger(__name__)
 
 
-class Spatial(OneReplica):
+class Spatial(Divided):
     """Divides every picture of a batch among `height` times `width` processes, for pictures whose activations do not fit one.
 
     Convolutions, pooling, padding and normalisation exchange exactly the rows and columns they need, forward and backward; BatchNorm

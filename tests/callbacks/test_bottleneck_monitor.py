@@ -1,4 +1,7 @@
-"""Six bottlenecks are planted in a run that has none; the monitor names each. Pageable memory needs a GPU: see test_bottleneck.py."""
+"""Six bottlenecks are planted in a run that has none; the monitor names each.
+
+A copy of pageable memory needs a GPU: here its events are played, and the rest of the monitor is as it is.
+"""
 
 import io
 import json
@@ -14,7 +17,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_cnn.callbacks import BottleneckMonitor, _stopwatch
+from lightning_cnn.callbacks import BottleneckMonitor, _account, _stopwatch, bottleneck_monitor
 from lightning_cnn.callbacks._account import _pinned
 from lightning_cnn.callbacks._device_clock import DeviceClock
 from lightning_cnn.callbacks._timeline import Timeline
@@ -122,13 +125,47 @@ def test_it_names_the_planted_bottleneck_first(name, own_time):
     assert [finding.name for finding in monitor.report.findings][:1] == [name], str(monitor.report)
 
 
-def test_a_copy_without_pinning_is_read_off_the_loader():
-    """There is nothing to copy on a CPU, so only what the verdict is drawn from is checked here."""
+class Event:
+    """A CUDA event of a GPU that never lags behind: it passes when it is recorded."""
 
-    class WithLoader:
-        train_dataloader = DataLoader([1, 2], pin_memory=False)
+    def __init__(self, enable_timing):
+        assert enable_timing
 
-    assert _pinned(WithLoader()) is False
+    def record(self):
+        self.at = _stopwatch.time.perf_counter()
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+class Copied(Net):
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        wait(0.05)
+        return batch
+
+
+@pytest.mark.parametrize(("pinned", "name"), [(False, "unpinned_copy"), (True, "copy")])
+def test_a_slow_copy_is_named_from_the_gpu_s_events_and_blamed_on_pageable_memory_where_it_is(monkeypatch, own_time, pinned, name):
+    for attribute, value in {"Event": Event, "synchronize": lambda device: None, "max_memory_allocated": lambda device: 2**20}.items():
+        monkeypatch.setattr(torch.cuda, attribute, value)
+    monkeypatch.setattr(_account, "roofline", lambda device, dtype: roofline.Roofline(1e12, 1e11, 0.0))
+    on_a_gpu, made = SimpleNamespace(device=torch.device("cuda")), _account.Account
+    monkeypatch.setattr(bottleneck_monitor, "Account", lambda trainer, module, steps: made(trainer, on_a_gpu, steps))
+    monkeypatch.setattr(
+        _account, "_pinned", lambda trainer: _pinned(SimpleNamespace(train_dataloader=SimpleNamespace(pin_memory=pinned)))
+    )
+    monitor, _ = fitted(Pictures(96), model=Copied(), steps=24)
+    assert [finding.name for finding in monitor.report.findings][:1] == [name], str(monitor.report)
+    assert monitor.report.measured["copy"] == pytest.approx(0.05, rel=0.2)
+    assert "GPU idle" in str(monitor.report)
+
+
+def test_whether_memory_is_pinned_is_read_off_the_loader():
+    assert _pinned(SimpleNamespace(train_dataloader=DataLoader([1, 2], pin_memory=False))) is False
+    assert _pinned(SimpleNamespace(train_dataloader=None)) is None
 
 
 def test_the_stages_add_up_to_the_clock_and_validation_is_not_among_them(own_time):

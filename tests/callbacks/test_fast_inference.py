@@ -1,6 +1,7 @@
 """A faster copy answers, agrees with the network, and is gone afterwards."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from lightning_cnn.callbacks import (
     MCDropout,
     NetworkNoise,
     SnapshotEnsemble,
+    _changes,
+    _trials,
 )
 from lightning_cnn.errors import ConfigurationError, NoEffectWarning
 
@@ -51,11 +54,13 @@ def predicted(callback, model, *more):
 @pytest.fixture
 def folding_pays(monkeypatch):
     seconds = itertools.cycle([2.0, 1.0])  # the network, and its folded copy
-    monkeypatch.setattr("lightning_cnn.callbacks.fast_inference.timed", lambda run, device: [next(seconds)])
+    monkeypatch.setattr(
+        "lightning_cnn.callbacks.fast_inference.timed", lambda run, device, repeats=3: [1.0 if repeats == 1 else next(seconds)]
+    )
 
 
 def test_a_folded_copy_answers_and_the_network_stays(folding_pays):
-    model, callback = Net(), FastInference(switches=["folded"])
+    model, callback = Net(), FastInference(switches=["folded"], trial_share=math.inf)
     plain = predicted(None, model)
     calls = []
     model.net[1].register_forward_hook(lambda *a: calls.append(1))
@@ -68,7 +73,7 @@ def test_a_folded_copy_answers_and_the_network_stays(folding_pays):
 
 def test_a_copy_that_disagrees_is_refused(monkeypatch, folding_pays):
     monkeypatch.setattr("lightning_cnn.callbacks.fast_inference._made", lambda name, net, best: (net, lambda x: best(x) * 1.1))
-    model, callback = Net(), FastInference(switches=["folded"])
+    model, callback = Net(), FastInference(switches=["folded"], trial_share=math.inf)
     with pytest.warns(NoEffectWarning, match="changed nothing"):
         assert torch.equal(predicted(callback, model), predicted(None, model))
     assert "off by" in str(callback.trials[0])
@@ -76,7 +81,7 @@ def test_a_copy_that_disagrees_is_refused(monkeypatch, folding_pays):
 
 @pytest.mark.filterwarnings("ignore::lightning_cnn.errors.NoEffectWarning")
 def test_what_cannot_be_used_is_named_with_the_reason():
-    callback = FastInference(switches=["packed", "folded"])
+    callback = FastInference(switches=["packed", "folded"], trial_share=math.inf)
     model = Net()
     model.net[1] = nn.Identity()
     predicted(callback, model)
@@ -108,7 +113,7 @@ def test_members_that_differ_inside_of_the_network_are_refused_in_both_orders(na
 @pytest.mark.parametrize("module", [None, "net"])
 def test_views_of_the_picture_go_around_the_copy_in_both_orders(module, first, folding_pays):
     views = lambda: Marginalize(views=[HorizontalFlip(), Augmented(2, augment=[])], module=module)  # noqa: E731
-    slow, model, callback = predicted(views(), Net()), Net(), FastInference(switches=["folded"])
+    slow, model, callback = predicted(views(), Net()), Net(), FastInference(switches=["folded"], trial_share=math.inf)
     fast = predicted(callback, model, views()) if first else predicted(views(), model, callback)
     assert callback.trials[0].kept
     assert torch.allclose(fast, slow, atol=1e-5)
@@ -126,12 +131,31 @@ def test_a_view_that_wraps_a_part_of_the_copied_part_is_refused():
 
 @pytest.mark.parametrize("first", [False, True])
 def test_noise_of_training_is_off_in_the_copy_as_in_the_network(first, folding_pays):
-    noise, callback = NetworkNoise(dropout=0.5, dropconnect=0.5), FastInference(switches=["folded"])
+    noise, callback = NetworkNoise(dropout=0.5, dropconnect=0.5), FastInference(switches=["folded"], trial_share=math.inf)
     fast = predicted(callback, Net(), noise) if first else predicted(noise, Net(), callback)
     assert callback.trials[0].kept
     assert torch.allclose(fast, predicted(None, Net()), atol=1e-5)
 
 
+def test_two_batches_are_too_few_for_any_trial():
+    model, callback = Net(), FastInference(switches=["memory", "folded"])
+    with pytest.warns(NoEffectWarning, match="is over 10% of the .* ahead"):
+        predicted(callback, model)
+    assert ["not tried" in str(trial) for trial in callback.trials] == [True, True]
+
+
+def test_memory_is_kept_from_the_first_batch_to_the_end(monkeypatch, folding_pays):
+    said = []
+    monkeypatch.setattr(_changes, "keeps_memory", lambda: True)
+    monkeypatch.setattr(_changes, "keep_memory", lambda: said.append("kept") or (lambda: said.append("given back")))
+    monkeypatch.setattr(_trials, "timed", lambda step, device: [2.0 if said.count("kept") == said.count("given back") else 1.0])
+    model, callback = Net(), FastInference(switches=["memory", "folded"], trial_share=math.inf)
+    plain = predicted(None, model)
+    assert torch.allclose(predicted(callback, model), plain, atol=1e-5)
+    assert said == ["kept", "given back"] * 2  # the trial's two turns; the second lasts
+    assert [trial.kept for trial in callback.trials] == [True, True]
+
+
 def test_wrong_arguments_are_named_together():
-    with pytest.raises(ConfigurationError, match=r"3 problems:\n.*warp.*\n.*least.*\n.*max_error"):
-        FastInference(switches=["warp"], least=0, max_error=0)
+    with pytest.raises(ConfigurationError, match=r"4 problems:\n.*warp.*\n.*least.*\n.*max_error.*\n.*trial_share"):
+        FastInference(switches=["warp"], least=0, max_error=0, trial_share=0)

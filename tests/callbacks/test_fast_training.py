@@ -1,6 +1,9 @@
 """A switch stays where it is faster, is gone where it is not, and trying it leaves no trace."""
 
 import logging
+import math
+from resource import RUSAGE_SELF, getrusage
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_cnn.callbacks import FastTraining, _changes, _trials
-from lightning_cnn.callbacks._trials import Change, choose
+from lightning_cnn.callbacks._trials import CALLS, Allowance, Change, choose
 from lightning_cnn.errors import ConfigurationError, NoEffectWarning
 
 
@@ -49,7 +52,7 @@ def clock(monkeypatch):
     """Seconds as the test says: `timed` gives what `seconds` holds for the switches that are on."""
     on, seconds = set(), {}
 
-    def timed(step, device):
+    def timed(step, device, repeats=3):
         step()
         return [1.0 / torch.tensor([seconds.get(name, 1.0) for name in on]).prod().item()]
 
@@ -57,7 +60,11 @@ def clock(monkeypatch):
     return on, seconds
 
 
-def switch(name, on, log=None):
+def tried(changes, share=math.inf, ahead_s=1.0):
+    return choose(changes, 1.03, torch.device("cpu"), Allowance(ahead_s, share), 1.0)
+
+
+def switch(name, on):
     def apply():
         on.add(name)
         return lambda: on.discard(name)
@@ -68,7 +75,7 @@ def switch(name, on, log=None):
 def test_what_is_faster_is_kept_and_the_rest_is_undone(clock):
     on, seconds = clock
     seconds.update(fast=2.0, slow=0.5, same=1.01)
-    trials, kept = choose([switch(name, on) for name in ("slow", "fast", "same")], 1.03, torch.device("cpu"))
+    trials, kept = tried([switch(name, on) for name in ("slow", "fast", "same")])
     assert on == {"fast"} == set(kept)
     assert [(trial.name, trial.kept) for trial in trials] == [("slow", False), ("fast", True), ("same", False)]
     assert str(trials[1]) == "fast kept at 2.00x (1000.00 -> 500.00 ms)"
@@ -80,12 +87,52 @@ def test_a_switch_that_fails_is_named_and_left_out(clock):
     def apply():
         raise RuntimeError("no such unit")
 
-    trials, kept = choose([Change("broken", apply, lambda: None)], 1.03, torch.device("cpu"))
+    trials, kept = tried([Change("broken", apply, lambda: None)])
     assert kept == {} and "no such unit" in str(trials[0])
 
 
+@pytest.mark.parametrize(("steps_ahead", "made"), [(159, 0), (160, 1), (319, 1), (320, 2)])
+def test_trials_are_made_while_they_take_a_tenth_of_what_lies_ahead(monkeypatch, steps_ahead, made):
+    """A step takes a second, so a trial of a switch that is kept takes 16; two are to be tried."""
+    now, on = [0.0], set()
+    monkeypatch.setattr(_trials, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def step():
+        now[0] += 1.0 - len(on) / 1e3
+
+    changes = [Change(name, switch(name, on).apply, step) for name in ("one", "other")]
+    trials, kept = choose(changes, 1.0, torch.device("cpu"), Allowance(float(steps_ahead), 0.1), 1.0)
+    assert CALLS == 16 and len(kept) == made
+    assert now[0] <= 0.1 * steps_ahead
+    assert [("not tried" in str(trial)) for trial in trials] == [k >= made for k in range(2)]
+
+
+def test_a_short_run_says_that_it_tried_nothing_and_why(caplog):
+    with caplog.at_level(logging.INFO, "lightning_cnn"), pytest.warns(NoEffectWarning, match="is over 10% of the .* ahead"):
+        fitted(FastTraining(switches=["channels_last"]))
+    assert "channels_last was not tried" in caplog.text
+
+
+def test_kept_memory_is_not_faulted_in_again_and_is_given_back():
+    """80 MiB in two blocks, each of which glibc maps anew every time."""
+    if not _changes.keeps_memory():
+        assert _changes.keep_memory()() is None
+        return
+
+    def faults():
+        before = getrusage(RUSAGE_SELF).ru_minflt
+        blocks = [torch.ones(40 * 2**18) for _ in range(2)]
+        del blocks
+        return getrusage(RUSAGE_SELF).ru_minflt - before
+
+    undo = _changes.keep_memory()
+    kept = min(faults() for _ in range(5))  # blocks find their places in the first rounds
+    undo()
+    assert 10 * kept < min(faults() for _ in range(5))
+
+
 def keeping(monkeypatch, *names):
-    def chosen(changes, least, device):
+    def chosen(changes, *rest):
         changes = [change for change in changes if change.name in names]
         return [], {change.name: change.apply() for change in changes}
 
@@ -105,7 +152,7 @@ def test_trying_leaves_no_trace_in_weights_statistics_or_random_numbers():
     """No switch is kept, dropout draws from the global generator, and the weights end as without the callback."""
     plain, _ = fitted()
     with pytest.warns(NoEffectWarning, match="changed nothing"):
-        tried, _ = fitted(FastTraining(switches=["channels_last", "fused"], least=1e9))
+        tried, _ = fitted(FastTraining(switches=["memory", "channels_last", "fused"], least=1e9, trial_share=math.inf))
     for (name, a), b in zip(plain.state_dict().items(), tried.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
@@ -162,5 +209,5 @@ def test_a_module_without_forward_is_refused_by_name():
 
 
 def test_wrong_arguments_are_named_together():
-    with pytest.raises(ConfigurationError, match=r"2 problems:\n.*warp not known.*\n.*least"):
-        FastTraining(switches=["warp"], least=0.5)
+    with pytest.raises(ConfigurationError, match=r"3 problems:\n.*warp not known.*\n.*least.*\n.*trial_share"):
+        FastTraining(switches=["warp"], least=0.5, trial_share=0)

@@ -24,6 +24,17 @@ def test_the_rate_is_set_the_curve_drawn_and_the_weights_put_back(tmp_path):
     assert not list(tmp_path.glob("*.ckpt"))
 
 
+def test_a_resumed_run_keeps_the_rate_of_its_first_part(tmp_path):
+    first, test = Module(lr=1e-9), LRRangeTest(steps=40)
+    trainer = fit(first, test, epochs=1, default_root_dir=tmp_path)
+    trainer.save_checkpoint(tmp_path / "part.ckpt")
+    (tmp_path / "lr_range.png").unlink()
+    resumed, start = Module(lr=1e-9), Start()
+    fit(resumed, LRRangeTest(steps=40), start, epochs=2, default_root_dir=tmp_path, ckpt_path=tmp_path / "part.ckpt")
+    assert resumed.lr == first.lr == start.lr == test.suggestion
+    assert not (tmp_path / "lr_range.png").exists()
+
+
 def test_a_module_that_reads_its_rate_elsewhere_is_refused():
     module = Module()
     del module.lr

@@ -1,6 +1,7 @@
 """FastTraining, BottleneckMonitor and LeanLogging in one run: on two processes, and compiled."""
 
 import csv
+import math
 import sys
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def train(out, *callbacks):
     torch.save(kept, f"{{out}}/{{len(callbacks)}}.{{trainer.global_rank}}")
     return trainer.global_rank
 
-def chosen(changes, least, device):  # each rank finds something else; rank 1 would not even try what rank 0 keeps
+def chosen(changes, *rest):  # each rank finds something else; rank 1 would not even try what rank 0 keeps
     mine = ["fused"] if rank == 0 else []
     return [], {{change.name: change.apply() for change in changes if change.name in mine}}
 
@@ -83,7 +84,7 @@ def test_a_compiled_run_ends_with_the_weights_of_a_plain_one_and_its_look_is_spa
     """The trial compiles and runs the network for good; only its seconds are said by the test."""
     modules = []
 
-    def timed(step, device):
+    def timed(step, device, repeats=3):
         step()
         return [0.5 if any(part._compiled_call_impl is not None for part in modules[-1].children()) else 1.0]
 
@@ -94,7 +95,7 @@ def test_a_compiled_run_ends_with_the_weights_of_a_plain_one_and_its_look_is_spa
         return modules[-1]
 
     monkeypatch.setattr(_trials, "timed", timed)
-    plain, fast, monitor = trained(), FastTraining(switches=["compile"], compile=True), BottleneckMonitor()
+    plain, fast, monitor = trained(), FastTraining(switches=["compile"], compile=True, trial_share=math.inf), BottleneckMonitor()
     compiled = trained(fast, monitor, LeanLogging())
     assert fast.trials[0].kept, fast.trials
     assert compiled.model._compiled_call_impl is None

@@ -1,5 +1,6 @@
 """`pack`: any source, the same bytes whoever packs, every failure named."""
 
+import gzip
 import io
 import logging
 import shutil
@@ -174,3 +175,25 @@ def test_every_broken_picture_is_listed_and_nothing_written(tmp_path, pictures):
     with pytest.raises(DataError, match=r"2 problems:\n  - .*dark/1\.png.*\n  - .*light/5\.png"):
         pack(root, tmp_path / "x.pack", size=8, workers=0, on_error="report", progress=False)
     assert not (tmp_path / "x.pack").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda content: content[:700], "not a whole, uncompressed tar"),
+        (gzip.compress, "not a whole, uncompressed tar"),
+        (lambda content: content.replace(b"\n7\n", b"\nx\n"), r"class of sample '0' is a whole number as text; got b'\\nx\\n'"),
+    ],
+    ids=["cut", "compressed", "no number"],
+)
+def test_a_tar_that_cannot_be_read_is_a_data_error_that_names_it(tmp_path, damage, match):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in (("0.png", encoded(0)), ("0.cls", b"\n7\n")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    path = tmp_path / "x.tar"
+    path.write_bytes(damage(buffer.getvalue()))
+    with pytest.raises(DataError, match=match):
+        packed(path, tmp_path / "x.pack", size=None)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_cnn.functional import counter
 from lightning_cnn.kernels import counter as kernel
@@ -17,7 +18,10 @@ indices = st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=8)
 def test_torch_numpy_and_numba_agree_bit_for_bit(key, index):
     array = np.array(index, dtype=np.int64)
     expected = kernel.bits_array(key, array)
-    assert np.array_equal(counter.bits(key, torch.from_numpy(array)).numpy().view(np.uint32), expected)
+    tensor = torch.from_numpy(array)
+    assert np.array_equal(counter.bits(key, tensor).numpy().view(np.uint32), expected), "compiled"
+    with FlopCounterMode(display=False):  # under any mode, torch's operations
+        assert np.array_equal(counter.bits(key, tensor).numpy().view(np.uint32), expected), "torch"
     assert [kernel.bits(key, np.uint64(i & (2**64 - 1))) for i in index] == expected.tolist()
 
 
@@ -31,6 +35,13 @@ def test_a_step_in_a_tensor_gives_the_key_of_its_integer():
     steps = [0, 1, 2**31, -1, 2**62]
     expected = [counter.key(3, "rounding", "conv.weight", step) for step in steps]
     assert counter.key_at(3, "rounding", "conv.weight", step=torch.tensor(steps)).tolist() == expected
+
+
+def test_a_vmapped_or_transposed_index_gives_its_own_bits():
+    index = torch.arange(12).view(3, 4)
+    expected = counter.bits(7, index)
+    assert torch.equal(torch.vmap(lambda i: counter.bits(7, i))(index), expected)
+    assert torch.equal(counter.bits(7, index.T), expected.T)
 
 
 def test_int32_and_int64_indices_name_the_same_samples():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_cnn.kernels import xnor
-from lightning_cnn.kernels.bits import Bits, Floats, Geometry, pack
+from lightning_cnn.kernels.bits import Geometry, Layout, pack, thresholds
 
 SPECIAL = torch.tensor([-0.0, 0.0, float("nan"), float("-inf"), -1e-45, 1e-45])
 
@@ -18,14 +18,31 @@ def signs(x):
 
 
 def plain(filters):
-    return Floats(np.repeat(np.float32([[1], [0], [1], [0]]), filters, 1))
+    return np.repeat(np.float32([[1], [0], [1], [0]]), filters, 1)
 
 
-def packed_conv(x, weight, geometry, finish=None, tables=True, threads=1, channels_last=True):
+def packed_words(x, channels_last=True, threads=1):
     image = x.permute(0, 2, 3, 1).contiguous() if channels_last else x.contiguous()
-    words = pack(image.numpy(), channels_last, threads)
-    panel = xnor.panels((weight < 0).numpy(), tables)
-    return xnor.convolve(words, panel, len(weight), geometry, finish or plain(len(weight)), threads)
+    layout = Layout.LAST if channels_last else Layout.FIRST
+    return pack(image.data_ptr(), layout, (len(x), *x.shape[2:]), x.shape[1], threads)
+
+
+def packed_conv(x, weight, geometry, finish=None, tables=True, threads=1, channels_last=True, words=False):
+    """Floats where `finish` is float, else words."""
+    filters, size = len(weight), (len(x), *x.shape[2:])
+    panel = np.ascontiguousarray(xnor.panels((weight < 0).numpy(), geometry.dilation_w, tables))
+    finish = np.ascontiguousarray(plain(filters) if finish is None else finish)
+    to_words = finish.dtype == np.int32
+    shape = (len(x), *geometry.output_size(*size[1:]))
+    out = np.empty((*shape, -(-filters // 64)), np.uint64) if to_words else np.empty((*shape, filters), np.float32)
+    image = x.permute(0, 2, 3, 1).contiguous() if channels_last else x.contiguous()
+    source, layout = image.data_ptr(), Layout.LAST if channels_last else Layout.FIRST
+    if words:
+        signs_of_x, layout = packed_words(x, channels_last, threads), Layout.WORDS
+        source = signs_of_x.ctypes.data
+    addresses = panel.ctypes.data, finish.ctypes.data, out.ctypes.data
+    xnor.convolve(source, layout, size, *addresses, filters, to_words, geometry, threads, tables)
+    return out
 
 
 def unpack(words, channels):
@@ -39,9 +56,8 @@ def unpack(words, channels):
 def test_a_bit_is_one_below_zero_alone(channels, channels_last):
     x = torch.randn(2, channels, 5, 14)
     x.view(-1)[: len(SPECIAL)] = SPECIAL[: x.numel()]
-    image = x.permute(0, 2, 3, 1).contiguous()
-    words = pack((image if channels_last else x).numpy(), channels_last)
-    assert (unpack(words, channels) == (image < 0).numpy()).all()
+    words = packed_words(x, channels_last)
+    assert (unpack(words, channels) == (x < 0).permute(0, 2, 3, 1).numpy()).all()
 
 
 @given(
@@ -54,11 +70,11 @@ def test_a_bit_is_one_below_zero_alone(channels, channels_last):
     padding=st.tuples(st.integers(0, 3), st.integers(0, 2)),
     dilation=st.tuples(st.integers(1, 2), st.integers(1, 3)),
     tables=st.booleans(),
-    channels_last=st.booleans(),
+    source=st.sampled_from(["channels_last", "planes", "words"]),
     seed=st.integers(0, 2**30),
 )
 @settings(max_examples=60, deadline=None)
-def test_packed_equals_float(n, channels, filters, size, kernel, stride, padding, dilation, tables, channels_last, seed):
+def test_packed_equals_float(n, channels, filters, size, kernel, stride, padding, dilation, tables, source, seed):
     """Over channels that fill no word, borders, strides and dilations, with -0.0 in inputs and weights."""
     geometry = Geometry(channels, *kernel, *stride, *padding, *dilation)
     if min(geometry.output_size(*size)) < 1:
@@ -69,7 +85,7 @@ def test_packed_equals_float(n, channels, filters, size, kernel, stride, padding
     weight = torch.randn(filters, channels, *kernel, generator=generator)
     weight[torch.rand(weight.shape, generator=generator) < 0.1] = -0.0
     want = F.conv2d(signs(x), signs(weight), stride=stride, padding=padding, dilation=dilation)
-    got = packed_conv(x, weight, geometry, tables=tables, channels_last=channels_last)
+    got = packed_conv(x, weight, geometry, tables=tables, channels_last=source != "planes", words=source == "words")
     assert torch.equal(torch.from_numpy(got).permute(0, 3, 1, 2), want)
 
 
@@ -78,7 +94,7 @@ def test_packed_equals_float(n, channels, filters, size, kernel, stride, padding
 def test_bits_are_finished_by_thresholds_that_may_point_down(tables, filters):
     x, weight = torch.randn(1, 66, 5, 6), torch.randn(filters, 66, 3, 3)
     threshold, flip = torch.randint(-20, 20, (filters,), dtype=torch.int32), torch.rand(filters) < 0.5
-    got = packed_conv(x, weight, Geometry(66, 3, 3), Bits(threshold.numpy(), flip.numpy()), tables)
+    got = packed_conv(x, weight, Geometry(66, 3, 3), thresholds(threshold.numpy(), flip.numpy()), tables)
     dot = F.conv2d(signs(x), signs(weight)).permute(0, 2, 3, 1)
     assert (unpack(got, filters) == ((dot < threshold) != flip).numpy()).all()
 
@@ -87,7 +103,7 @@ def test_bits_are_finished_by_thresholds_that_may_point_down(tables, filters):
 def test_floats_are_rounded_as_batch_norm_rounds_them(tables):
     x, weight = torch.randn(1, 64, 6, 5), torch.randn(70, 64, 3, 3)
     affine = torch.randn(4, 70)
-    got = packed_conv(x, weight, Geometry(64, 3, 3, padding_h=1, padding_w=1), Floats(affine.numpy()), tables)
+    got = packed_conv(x, weight, Geometry(64, 3, 3, padding_h=1, padding_w=1), affine.numpy(), tables)
     dot = F.conv2d(signs(x), signs(weight), padding=1).permute(0, 2, 3, 1)
     scaled = (dot * affine[0] + affine[1]).double()
     torch.testing.assert_close(torch.from_numpy(got), (scaled * affine[2] + affine[3]).float(), rtol=2**-23, atol=0)

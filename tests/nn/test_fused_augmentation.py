@@ -137,3 +137,26 @@ def test_all_wrong_knobs_are_named_at_once():
     assert "crop is a range 0 < low <= high; got (1.0, 0.5)." in str(caught.value)
     with pytest.raises(ConfigurationError, match="RandomPCALighting needs 3 values"):
         RandomPCALighting(values=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("channels", [2, 7])
+def test_any_number_of_channels_in_either_layout_is_moved_alike(channels):
+    fused, image = FusedAugmentation(**GEOMETRY, lens=0.1), pictures(channels=channels)
+    params = fused.forward_parameters(image.shape)
+    one_by_one = torch.cat([fused(image[:, i : i + 1], params=params) for i in range(channels)], 1)
+    result = fused(image.contiguous(memory_format=torch.channels_last), params=params)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(result, one_by_one)
+    assert torch.equal(fused(image, params=params), one_by_one)
+
+
+def test_colours_of_neither_grey_nor_rgb_pictures_are_refused():
+    with pytest.raises(ConfigurationError, match="grey or RGB pictures; got 2 channels"):
+        FusedAugmentation(brightness=0.1)(pictures(channels=2))
+
+
+def test_a_sample_drawn_as_not_a_number_reads_inside_the_picture():
+    fused, image = FusedAugmentation(rotate_deg=10), pictures(2)
+    params = fused.forward_parameters(image.shape)
+    params["u"][0] = float("nan")
+    assert torch.isfinite(fused(image, params=params)).all()

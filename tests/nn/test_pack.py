@@ -141,8 +141,8 @@ def test_packed_layers_compile_and_pass_opcheck():
         with torch.inference_mode():
             assert torch.equal(torch.compile(packed, fullgraph=True, backend="aot_eager")(x), model(x))
         for layer, value in ((packed[0], x), (packed[2], packed[0](x))):
-            buffers = layer.panel, layer.affine, layer.threshold, layer.flip
-            torch.library.opcheck(xnor_conv2d, (value, *buffers, layer.filters, list(layer.geometry), layer.to_words))
+            constants = layer.panel, layer.finish, layer.filters, list(layer.geometry), layer.to_words
+            torch.library.opcheck(xnor_conv2d, (value, *constants))
         trained = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert torch.equal(trained(x), model(x))
         trained(x).sum().backward()

@@ -32,14 +32,14 @@ def fit(module, plugin, steps=8, **options):
     return module
 
 
-def test_tiny_updates_move_the_weights_on_average_and_vanish_when_rounded_to_nearest():
-    """100 updates of 2**-12 on 512 weights: the mean moves by 100 * 2**-12; binomial standard error, |z| < 5 (6e-7)."""
-    lost = fit(Line(lr=2.0**-12), StochasticRounding(rounding="nearest"), 100)
+@pytest.mark.parametrize(("format", "spacing"), [("bf16", 2.0**-7), ("fp16", 2.0**-10)])
+def test_tiny_updates_move_the_weights_on_average_and_vanish_when_rounded_to_nearest(format, spacing):
+    """100 updates of 1/32 of the spacing on 512 weights: the mean moves by 100/32 of it; binomial standard error, |z| < 5 (6e-7)."""
+    lost = fit(Line(lr=spacing / 32), StochasticRounding(format=format, rounding="nearest"), 100)
     assert torch.equal(lost.layer.weight.detach().float(), torch.ones(512, 1))
-    kept = fit(Line(lr=2.0**-12), StochasticRounding(), 100).layer.weight.detach().float() - 1
-    chance = 2.0**-12 / 2.0**-7
-    error = 2.0**-7 * (100 * chance * (1 - chance) / 512) ** 0.5
-    assert abs(kept.mean().item() - 100 * 2.0**-12) < 5 * error
+    kept = fit(Line(lr=spacing / 32), StochasticRounding(format=format), 100).layer.weight.detach().float() - 1
+    error = spacing * (100 / 32 * (1 - 1 / 32) / 512) ** 0.5
+    assert abs(kept.mean().item() - 100 / 32 * spacing) < 5 * error
 
 
 @pytest.mark.parametrize(
@@ -68,10 +68,10 @@ def test_any_optimizer_steps_in_float32(optimizer, options):
 
 
 def test_all_that_is_wrong_is_said_at_once():
-    plugin = StochasticRounding(format="fp16", states="4bit", rounding="up", bucket_mib=0, keep=["head"])
+    plugin = StochasticRounding(format="e4m3", states="4bit", rounding="up", bucket_mib=0, keep=["head"])
     with pytest.raises(ConfigurationError, match="5 problems") as error:
         plugin.convert_module(nn.Linear(1, 1))
-    assert all(word in str(error.value) for word in ("fp16", "4bit", "up", "bucket_mib", "head"))
+    assert all(word in str(error.value) for word in ("held in 16 they would save nothing", "4bit", "up", "bucket_mib", "head"))
 
 
 def test_an_optimizer_that_evaluates_the_model_is_refused():

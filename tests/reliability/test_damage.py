@@ -1,5 +1,6 @@
 """A checkpoint of a real training state, damaged in every way that disks and strangers know: refused with a type of ours, never wrong."""
 
+import os
 import random
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from lightning_cnn.checkpoint import _file, load, save
 from lightning_cnn.errors import CheckpointError
 
+SEED = 1000 * int(os.environ.get("SOAK_ROUND", "0"))  # soak.py asks for other moments each round
 SLICE, SOAK = 60, pytest.param(None, marks=pytest.mark.soak, id="soak")
 
 
@@ -36,7 +38,7 @@ def refused(path):
 
 @pytest.mark.parametrize("count", [SLICE, SOAK])
 def test_flipped_bits(count, path, tmp_path, figure):
-    whole, draw, damaged = bytearray(path.read_bytes()), random.Random(1), tmp_path / "damaged.ckpt"
+    whole, draw, damaged = bytearray(path.read_bytes()), random.Random(SEED + 1), tmp_path / "damaged.ckpt"
     bits = draw.sample(range(8 * len(whole)), count or 2000)
     for bit in bits:
         whole[bit // 8] ^= 1 << bit % 8
@@ -61,7 +63,7 @@ def test_truncations(count, path, tmp_path, figure):
 @pytest.mark.parametrize("count", [SLICE, SOAK])
 def test_mutations_with_a_valid_checksum(count, path, tmp_path, figure):
     """Whoever writes a file can sign it; the parsers behind the checksum end with a type of ours or a checkpoint, and run nothing."""
-    whole, draw, hostile, ends = path.read_bytes()[: -_file.COMMENT_BYTES], random.Random(2), tmp_path / "hostile.ckpt", [0, 0]
+    whole, draw, hostile, ends = path.read_bytes()[: -_file.COMMENT_BYTES], random.Random(SEED + 2), tmp_path / "hostile.ckpt", [0, 0]
     for _ in range(count or 20_000):
         data = bytearray(whole)
         for _ in range(draw.randrange(1, 4)):

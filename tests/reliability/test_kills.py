@@ -15,6 +15,7 @@ from lightning_cnn.data import PackedImages, pack
 from lightning_cnn.errors import CheckpointError, DataError
 
 pytestmark = pytest.mark.forks
+SEED = 1000 * int(os.environ.get("SOAK_ROUND", "0"))  # soak.py asks for other moments each round
 TRIALS = [3, pytest.param(None, marks=pytest.mark.soak, id="soak")]
 ELSEWHERE = {"TMPDIR": "/dev/shm"}  # another file system than the target's
 
@@ -28,7 +29,7 @@ def killed_after(process, seconds):
 @pytest.mark.parametrize("trials", TRIALS)
 @pytest.mark.parametrize("background", [False, True], ids=["in the step", "in a thread"])
 def test_training_killed_while_saving(trials, background, tmp_path, figure):
-    draw, killed, lost = random.Random(int(background)), 0, 0
+    draw, killed, lost = random.Random(SEED + int(background)), 0, 0
     for trial in range(trials or 70):
         folder = tmp_path / str(trial)
         folder.mkdir()
@@ -56,7 +57,7 @@ def test_training_killed_while_saving(trials, background, tmp_path, figure):
 @pytest.mark.parametrize("trials", TRIALS)
 def test_packing_killed(trials, tmp_path, figure):
     pictures = [(np.full((24, 24, 3), k % 256, np.uint8), k % 3) for k in range(300)]
-    draw, killed, there = random.Random(2), 0, 0
+    draw, killed, there = random.Random(SEED + 2), 0, 0
     for trial in range(trials or 70):
         out = tmp_path / f"{trial % 2}.pack"
         work = lambda out=out: [pack(pictures, out, size=None, workers=0, overwrite=True, progress=False) for _ in range(100)]  # noqa: E731
@@ -73,7 +74,7 @@ def test_packing_killed(trials, tmp_path, figure):
 def test_a_disk_that_fills_up_while_writing(trials, tmp_path, figure):
     """A limit on the size of files fails a write in the middle as a full disk does; then the process is killed as well."""
     good = {"state_dict": {"w": np.zeros(1)}, "global_step": 1}
-    draw, path, refusals = random.Random(3), tmp_path / "last.ckpt", 0
+    draw, path, refusals = random.Random(SEED + 3), tmp_path / "last.ckpt", 0
     _file.save(good, path)
 
     def write(limit):

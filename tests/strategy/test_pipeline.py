@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import training_job
 from lightning.pytorch import LightningModule, Trainer
 from pipeline_job import BF16, SCHEDULES, Net, digest, run
 from torch import nn
@@ -81,6 +82,32 @@ def test_mixed_precision_trains_as_in_one_process(found):
     assert {t.dtype for t in saved.values() if t.is_floating_point()} == {torch.float32}
 
 
+def test_two_copies_of_two_stages_take_the_steps_of_one_process(job, tmp_path):
+    """float64, AdamW, clipping, accumulation; the best checkpoint is chosen alike, and holds the whole model."""
+    trainer = {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}
+    common = {"loader": "lane", "shuffle": True, "optimizer": "adamw", "save_best": True, "trainer": trainer}
+    try:
+        _, alone = training_job.run(training_job.Options(ranks=1, batch=8, out=str(tmp_path / "alone"), **common), "auto")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    pipeline = {"strategy": "pipeline", "kwargs": {"data_parallel": 2, "schedule": "zb"}, "ranks": 4, "batch": 4}
+    done = job({**pipeline, **common, "afterwards": True}, limit_s=120).wait(limit_s=150)  # four interpreters on two cores start slowly
+    assert done.process.returncode == 0, done.output
+    assert sorted(done[0]) == [0, 1, 2, 3]
+    for facts in done[0].values():
+        assert facts["weights"] == pytest.approx(training_job.digest(alone), abs=1e-12)
+        for name in ("val_loss", "val_acc"):
+            assert facts["metrics"][name] == pytest.approx(float(alone.trainer.callback_metrics[name]), abs=1e-12)
+    ours, theirs = (torch.load(tmp_path / folder / "best" / "epoch=1.ckpt", weights_only=True) for folder in (".", "alone"))
+    later = torch.load(tmp_path / "afterwards.ckpt", weights_only=True)
+    for saved in (ours, later):
+        equal(saved["state_dict"], theirs["state_dict"])
+        mine, other = saved["optimizer_states"][0]["state"], theirs["optimizer_states"][0]["state"]
+        assert mine.keys() == other.keys()
+        for key in other:
+            equal(mine[key]["exp_avg"], other[key]["exp_avg"])
+
+
 def test_stages_are_cut_by_measured_time(found):
     _, pipelined, _ = found
     assert len(pipelined["gpipe-0"]["cuts"]) == 1
@@ -132,6 +159,8 @@ def test_the_doctor_says_what_cannot_be_pipelined():
     problems = " | ".join(diagnose(trainer, Bad()).problems)
     for word in ("body, head", "at least as many micro_batches", "2 beginnings", "automatic_optimization"):
         assert word in problems
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=Pipeline(data_parallel=2))
+    assert "data_parallel=2 needs a multiple of 2 processes" in diagnose(trainer, Bad()).problems[0]
     model = Bad()
     model.head, model.automatic_optimization = nn.Identity(), True
     trainer = Trainer(accelerator="cpu", devices=2, strategy=Pipeline())

@@ -4,7 +4,11 @@ import os
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from training_job import Options, digest, run
+
+from lightning_cnn.strategy._stop import save_and_stop
 
 SAMPLES, EPOCHS = 96, 3
 COMMON = {"samples": SAMPLES, "epochs": EPOCHS, "loader": "lane", "shuffle": True, "sleep_s": 0.01, "optimizer": "momentum", "batch": 4}
@@ -15,8 +19,16 @@ ALL = ["sync_ddp", "local_sgd", "one_weird_trick", "delayed_averaging", "async_s
 def interrupted(request, launch, tmp_path_factory):
     """A job of two ranks, the second of which gets a SIGTERM in the second of three epochs."""
     out = tmp_path_factory.mktemp(request.param)
-    run = {"strategy": request.param, "term_rank": 1, "term_step": 17, "trainer": {"default_root_dir": str(out)}, **COMMON}
+    run = {"strategy": request.param, "term_rank": 1, "term_step": 17, "save_epoch": True, **COMMON}
     return request.param, launch(out, run).wait()
+
+
+def test_nothing_is_written_when_the_user_turned_that_off(tmp_path, caplog):
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, enable_checkpointing=False, logger=False)
+    with pytest.raises(SIGTERMException):
+        save_and_stop(trainer)
+    assert not list(tmp_path.iterdir())
+    assert "nothing was saved, because the Trainer has enable_checkpointing=False" in caplog.text
 
 
 def seen(ranks):
@@ -59,7 +71,7 @@ def test_one_process_goes_on_where_two_with_one_model_stopped(name, term_step, j
             "term_step": term_step,
             **options,
             "sleep_s": 0.005,
-            "trainer": {"default_root_dir": str(tmp_path)},
+            "save_epoch": True,
         }
     ).wait()
     assert done.process.returncode == 0, done.output

@@ -54,6 +54,7 @@ class Options:
     term_step: int = 0
     validate: bool = True
     save_epoch: bool = False
+    save_best: bool = False
     save_on_exception: bool = False
     afterwards: bool = False
     loader: str = "torch"
@@ -159,6 +160,8 @@ def run(options: Options, strategy: object) -> tuple[Trainer, Classifier]:
     callbacks: list = []
     if options.save_epoch:
         callbacks.append(ModelCheckpoint(options.out, filename="{epoch}", save_top_k=-1))
+    if options.save_best:
+        callbacks.append(ModelCheckpoint(Path(options.out, "best"), filename="{epoch}", monitor="val_loss"))
     if options.save_on_exception:
         callbacks.append(OnExceptionCheckpoint(options.out))
     trainer = Trainer(
