@@ -1,6 +1,7 @@
 """Convolutions: `auto` against torch in both memory layouts, by layer and by network, for inference and for training.
 
-python benchmarks/convolutions.py [--quick] [--json FILE] [--threads 1] [--only layers|depthwise|networks|training|memory|error|peers]
+python benchmarks/convolutions.py [--quick] [--json FILE] [--threads 1] [--only layers|depthwise|networks|training|memory|error|
+    summary|peers]
     [--network vgg16] [--layers 0:8]
 
 A group ends within about 90 s where networks are taken one by one and layers some at a time.
@@ -12,17 +13,20 @@ import importlib.util
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torchvision
-from _bench import Row, compare, interleave, medians, missing, report, seconds
+from _bench import Row, compare, interleave, medians, missing, report
 from torch import nn
 
 from lightning_cnn.conv import confirm, swap
 from lightning_cnn.conv._call import NAMES, Call, load
 from lightning_cnn.conv._tuner import rms_error
 from lightning_cnn.functional.conv.geometry import Geometry
+from lightning_cnn.functional.roofline import roofline
+from lightning_cnn.nn import architecture
 
 LAST = torch.channels_last
 HOPELESS = 4.0  # a layout of torch that takes so many times the other's time is timed once
@@ -93,8 +97,9 @@ def layers(options: argparse.Namespace) -> list[Row]:
     for b, c, k, size, kernel, stride, groups in LAYERS[begin : end : 6 if quick else 1]:
         name = f"layer {b}x{c}x{size} {kernel}x{kernel}/{stride}" + (" depthwise" if groups > 1 else f" to {k}")
         x = torch.randn(b, c, size, size)
-        bar = 8.0 if kernel == 31 and groups == 1 else 0.98
-        rows += versus_stock(name, layer_of(c, k, kernel, stride, groups).eval(), x, infer, 5 if quick else 25, bar)
+        dense = kernel == 31 and groups == 1  # a run of torch takes up to half a second
+        n, bar = (5, 8.0) if dense else (25, 0.98)
+        rows += versus_stock(name, layer_of(c, k, kernel, stride, groups).eval(), x, infer, 5 if quick else n, bar)
     return rows
 
 
@@ -151,28 +156,59 @@ def error(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def peers() -> list[Row]:
-    return [missing("layers", name, how) for name, how in PEERS.items() if importlib.util.find_spec(name) is None] + _installed_peers()
+def peers(options: argparse.Namespace) -> list[Row]:
+    """Each peer's best way on three layers; what a peer cannot compute is a row with its own words."""
+    rows = [missing("layers", name, how) for name, how in PEERS.items() if importlib.util.find_spec(name) is None]
+    ways = {name: way for name, way in (("fft_conv_pytorch", _fft_conv), ("ai3", _ai3)) if importlib.util.find_spec(name) is not None}
+    for c, size, kernel, groups in ((16, 56, 31, 1), (128, 56, 31, 128), (64, 56, 3, 1))[: 1 if options.quick else 3]:
+        layer, x = layer_of(c, c, kernel, 1, groups).eval(), torch.randn(1, c, size, size)
+        name = f"layer 1x{c}x{size} {kernel}x{kernel}" + (" depthwise" if groups > 1 else f" to {c}")
+        ours = swap(copy.deepcopy(layer), "auto", cache=None)
+        infer(ours, x)
+        for peer, way in ways.items():
+            rows += [_against(name, f"{peer} {how}", ours, theirs, layer, x) for how, theirs in way(layer).items()]
+    return rows
 
 
-def _installed_peers() -> list[Row]:
-    if importlib.util.find_spec("fft_conv_pytorch") is None:
-        return []
+def _against(name: str, peer: str, ours: nn.Module, theirs: Callable, layer: nn.Module, x: torch.Tensor) -> Row:
+    try:
+        error = (infer(theirs, x) - infer(layer, x)).abs().max().item()
+    except (RuntimeError, AssertionError) as why:
+        return Row(name, f"{peer} (refuses: {why})", None, None, "ms")
+    if error > 1e-3:
+        return Row(name, f"{peer} (wrong by {error:.1g})", None, None, "ms")
+    times = medians(interleave({key: partial(timed, infer, model, x) for key, model in (("ours", ours), ("theirs", theirs))}, 5))
+    return compare(name, peer, times["ours"] * 1e3, times["theirs"] * 1e3, "ms", larger_is_better=False, n=5)
+
+
+def _fft_conv(layer: nn.Conv2d) -> dict[str, Callable]:
     from fft_conv_pytorch import fft_conv
 
-    rows = []
-    for c, groups in ((16, 1), (128, 128)):
-        layer, x = layer_of(c, c, 31, 1, groups), torch.randn(1, c, 56, 56)
-        ours = swap(copy.deepcopy(layer), "auto", cache=None)
+    return {"fft_conv": partial(fft_conv, kernel=layer.weight, bias=layer.bias, padding=layer.padding, groups=layer.groups)}
 
-        def theirs(layer=layer, x=x, groups=groups):
-            return fft_conv(x, layer.weight, layer.bias, padding=15, groups=groups)
 
-        with torch.inference_mode():
-            ours(x), theirs()
-            times = medians(interleave({"ours": lambda f=ours, x=x: seconds(lambda: f(x)), "theirs": lambda f=theirs: seconds(f)}, 9))
-        name, ms = f"layer 1x{c}x56 31x31 groups {groups}", {key: value * 1e3 for key, value in times.items()}
-        rows.append(compare(name, "fft-conv-pytorch", ms["ours"], ms["theirs"], "ms", larger_is_better=False, n=9))
+def _ai3(layer: nn.Conv2d) -> dict[str, Callable]:
+    import ai3
+
+    def swapped(how: str) -> nn.Module:
+        model = nn.Sequential(copy.deepcopy(layer))
+        ai3.swap_conv2d(model, how)
+        return model
+
+    return {how: swapped(how) for how in ("direct", "smm")}  # its others want cuDNN or a GPU
+
+
+def summary(options: argparse.Namespace) -> list[Row]:
+    """What `ArchitectureSummary` adds to a fit: one measured roofline, and one followed pass of one picture."""
+    start = time.perf_counter()
+    best = roofline()
+    rows = [Row("summary: the machine measured, once", "-", 1e3 * (time.perf_counter() - start), None, "ms", n=1)]
+    for name in ("resnet18",) if options.quick else ("resnet18", "convnext_tiny"):
+        model, x = getattr(torchvision.models, name)().eval(), torch.randn(1, 3, 224, 224)
+        looked = partial(architecture, best=best)
+        times = medians(interleave({"ours": partial(timed, looked, model, x), "theirs": partial(timed, infer, model, x)}, 5))
+        row = f"summary: one picture through {name}"
+        rows.append(compare(row, "torch, forward alone", times["ours"] * 1e3, times["theirs"] * 1e3, "ms", larger_is_better=False, n=5))
     return rows
 
 
@@ -194,8 +230,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--threads", type=int, default=1)
-    sections = {f.__name__: f for f in (layers, depthwise, networks, training, memory, error)}
-    parser.add_argument("--only", choices=[*sections, "peers"])
+    sections = {f.__name__: f for f in (layers, depthwise, networks, training, memory, error, summary, peers)}
+    parser.add_argument("--only", choices=[*sections])
     parser.add_argument("--network", choices=[*NETWORKS], help="this network alone")
     parser.add_argument("--layers", default=":", help="these rows of LAYERS alone, as begin:end")
     arguments = parser.parse_args()
@@ -204,7 +240,7 @@ def main() -> None:
     rows = [row for name, section in sections.items() if arguments.only in (None, name) for row in section(arguments)]
     for row in rows:
         row.row += f", {arguments.threads} thread" + "s" * (arguments.threads > 1)
-    report(rows + (peers() if arguments.only in (None, "peers") else []), arguments.json)
+    report(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ def contract(a: Tensor, b: Tensor, conjugate: str = "") -> Tensor:
     # Rows of the result are outermost: the callers join the groups of a row
     out = a.new_empty(a.shape[1], a.shape[0], b.shape[1], *a.shape[3:]).transpose(0, 1)
     block = _block(entries, (a.shape[1] + PANEL) * a.shape[2])
-    signs = (np.float32(-1 if conjugate == factor else 1) for factor in "ab")
-    kernel(*(_blocks(each, block) for each in (a, b, out)), *signs, threads.use(torch.get_num_threads()))
+    sign_a, sign_b = (np.float32(-1 if conjugate == factor else 1) for factor in "ab")
+    left, right, product = (_blocks(each, block) for each in (a, b, out))
+    kernel(left, right, product, sign_a, sign_b, threads.use(torch.get_num_threads()))
     return out
 
 

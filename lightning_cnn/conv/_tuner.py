@@ -139,13 +139,12 @@ class Tuner:
         times = self._race(call, candidates)
         seconds = {name: typical(values) + (name != "default") * OVERHEAD_S for name, values in times.items()}
         default, runner_up = seconds["default"], "; ".join(f"{name} failed: {why}" for name, why in failed.items())
-        if not _steady(times["default"]):
-            return Decision("default", default, default, None, 0, BUSY)
         for name in sorted(seconds, key=lambda name: seconds[name]):
             ratio = default / seconds[name]
             if name == "default" or ratio <= SWITCH_ABOVE:
                 break
-            if not _steady(times[name]):
+            even = _steady(times["default"]) and _steady(times[name])
+            if not even and min(times["default"]) <= SWITCH_ABOVE * seconds[name]:  # else even its best run is slower
                 runner_up = f"{name} is {ratio:.2f}x faster in some runs and not in others"
                 continue
             warm = {each: typical(values) for each, values in self._race(call, ["default", name], evict=False).items()}
@@ -157,6 +156,8 @@ class Tuner:
                 workspace = load(name).workspace(call)
                 return Decision(name, seconds[name], default, error, workspace, f"{ratio:.2f}x faster than the default")
             runner_up = f"{name} is {ratio:.2f}x faster but its error {error:.1e} exceeds {self.settings.max_error:.0e}"
+        if not _steady(times["default"]):
+            runner_up = BUSY
         others = {name: default / t for name, t in seconds.items() if name != "default"}
         if others and not runner_up:
             best = max(others, key=lambda name: others[name])

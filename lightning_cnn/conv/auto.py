@@ -48,10 +48,13 @@ class ConvAlgorithm(Callback):
         self.trial_batches, self.recheck_epochs = trial_batches, recheck_epochs
         self._trial: _confirm.Trial | None = None
         self._batches, self._started = 0, 0.0
+        self._folder: str | None = None
         self.report: Report | None = None
         _swap.check(self.algorithm, **self.options)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Asked here, where every process is: `log_dir` is a collective, and an exception may come to one alone
+        self._folder = trainer.log_dir if trainer.logger else None
         if any(type(layer) is nn.Conv2d for layer in pl_module.modules()):  # Others are built later, in configure_model
             self._swap(pl_module)
 
@@ -108,9 +111,9 @@ class ConvAlgorithm(Callback):
             return
         if self._batches >= MEASURING:
             self._trial.add(_seconds(pl_module) - self._started, stock=self._batches % 2 == 1)
+            _confirm.pause(pl_module, False)
         self._batches += 1
         if self._trial.done:
-            _confirm.pause(pl_module, False)
             speedup = trainer.strategy.broadcast(self._trial.speedup)
             self._trial = None
             if speedup < 1:
@@ -127,9 +130,8 @@ class ConvAlgorithm(Callback):
         _confirm.pause(pl_module, False)
         self.report = report(pl_module)
         _swap.restore(pl_module)
-        folder = trainer.log_dir if trainer.logger else None
-        if folder and trainer.is_global_zero:
-            write(self.report, Path(folder))
+        if self._folder and trainer.is_global_zero:
+            write(self.report, Path(self._folder))
         chosen = Counter(row.algorithm for row in self.report.rows)
         log.info(
             "Convolution passes by algorithm: %s.", ", ".join(f"{name} {many}" for name, many in chosen.most_common()) or "none seen"

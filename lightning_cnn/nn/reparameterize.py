@@ -36,9 +36,7 @@ def reparameterize(model: nn.Module) -> fx.GraphModule:
     try:
         traced = fx.symbolic_trace(copy.deepcopy(model))
     except Exception as error:
-        raise UnsupportedLayerError(
-            f"torch.fx cannot trace {type(model).__name__}: {error}. Give the part that is a plain network, such as model.network."
-        ) from error
+        raise UnsupportedLayerError(f"torch.fx cannot trace {type(model).__name__}: {error}. {_advice(model)}") from error
     merged = 0
     while _one_merge(traced):
         merged += 1
@@ -49,6 +47,16 @@ def reparameterize(model: nn.Module) -> fx.GraphModule:
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced.eval()
+
+
+def _advice(model: nn.Module) -> str:
+    """The parts that have convolutions, by name: of a LightningModule, its network."""
+    parts = [name for name, part in model.named_children() if any(isinstance(layer, nn.Conv2d) for layer in part.modules())]
+    if not parts:
+        return "Give a part of it that is a plain network."
+    return (
+        "Give the part that is a plain network: " + " or ".join(f"model.{name} = reparameterize(model.{name})" for name in parts) + "."
+    )
 
 
 def _one_merge(traced: fx.GraphModule) -> bool:

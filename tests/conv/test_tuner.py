@@ -107,6 +107,7 @@ def test_a_faster_way_that_a_neighbour_disturbed_still_wins(monkeypatch):
 def test_a_machine_too_busy_to_measure_keeps_the_default_and_remembers_nothing(monkeypatch, tmp_path):
     clock = Clock(monkeypatch, default=100, fft=50)
     one, real = tuner(clock, tmp_path), _tuner._steady
+    disturbed(monkeypatch, one, lambda times: {**times, "default": [0.05, *times["default"][1:]]})
     monkeypatch.setattr(_tuner, "_steady", lambda seconds: False)
     assert one.choose(CALL) == "default"
     assert one.decisions[CALL].reason == "the machine was too busy to measure anything"

@@ -6,6 +6,7 @@ from torch import nn
 from torchvision.models import get_model
 
 from lightning_cnn.errors import ConfigurationError, UnsupportedLayerError
+from lightning_cnn.model import Classifier
 from lightning_cnn.nn import reparameterize
 
 
@@ -96,3 +97,20 @@ def test_refusals_say_what_to_do():
 
     with pytest.raises(UnsupportedLayerError, match=r"torch\.fx cannot trace Branching"):
         reparameterize(Branching().eval())
+
+
+def test_a_lightning_module_is_told_which_of_its_parts_to_give():
+    """Followed to the letter, the advice works."""
+    model = Classifier(architecture="resnet20", classes=3).eval()
+    with pytest.raises(UnsupportedLayerError, match=r"network: model\.network = reparameterize\(model\.network\)\.$"):
+        reparameterize(model)
+    x = torch.rand(2, 3, 16, 16)
+    expected = model(x)
+    model.network = reparameterize(model.network)
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    assert count(model, nn.BatchNorm2d) == 0
+
+
+def test_the_merged_network_compiles_whole():
+    merged, x = reparameterize(lived_in(nn.Sequential(RepBlock()))), torch.rand(2, 8, 9, 9, dtype=torch.float64)
+    assert torch.allclose(torch.compile(merged, fullgraph=True, backend="aot_eager")(x), merged(x), atol=1e-6)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from _transfer import run_two_processes
 from torch import nn
 
 from lightning_cnn.errors import UnsupportedLayerError
@@ -110,3 +111,68 @@ def test_what_cannot_be_rewritten_is_refused_with_every_reason():
         assert words in str(caught.value)
     with pytest.raises(UnsupportedLayerError, match="no Conv2d has such a name"):
         factorize(model, layers="body.*")
+
+
+@pytest.mark.parametrize("rewrite", REWRITES)
+def test_a_rewritten_network_compiles_whole_and_its_gradients_are_those_of_eager(rewrite):
+    model, image = network(), torch.rand(2, 3, 12, 12)
+    rewrite(model, layers="2")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(model(image).square().sum(), list(model.parameters()))
+    found = torch.autograd.grad(compiled(image).square().sum(), list(model.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+TWO_PROCESSES = """
+import sys
+import lightning as L, torch
+from torch import nn
+sys.path.insert(0, {tests!r})
+from _transfer import QUIET
+from lightning_cnn.nn.reparameterize import reparameterize
+from lightning_cnn.nn.surgery import bottleneck, depthwise_separable, factorize, stack_small_filters
+
+class Model(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(*(nn.Conv2d(8, 8, 5, padding=2) for _ in range(4)))
+        for place, rewrite in enumerate((stack_small_filters, bottleneck, factorize, depthwise_separable)):
+            rewrite(self.net, layers=str(place))
+        self.net.append(nn.BatchNorm2d(8).eval())
+    def on_train_start(self):
+        self.net[-1].eval()
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+def trained(**options):
+    data = torch.randn(16, 8, 9, 9, generator=torch.Generator().manual_seed(1))
+    batch = 8 // options["devices"]
+    model = Model()
+    L.Trainer(max_epochs=2, use_distributed_sampler=True, **QUIET, **options).fit(model, torch.utils.data.DataLoader(data, batch))
+    return model.eval()
+
+two = trained(devices=2, strategy="ddp")
+import torch.distributed as dist
+merged, x = reparameterize(two.net), torch.ones(1, 8, 9, 9)
+mine = [p.detach() for p in two.parameters()] + [merged(x).detach()]
+theirs = [None, None]
+dist.all_gather_object(theirs, mine)
+assert all(torch.equal(a, b) for a, b in zip(*theirs, strict=True))
+assert torch.allclose(merged(x), two.net(x), atol=1e-5)
+rank = dist.get_rank()
+dist.destroy_process_group()
+if rank == 0:
+    one = trained(devices=1)
+    for a, b in zip(two.parameters(), one.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5), (a - b).abs().max()
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(two.parameters(), Model().parameters(), strict=True))
+"""
+
+
+def test_rewritten_and_merged_networks_in_two_processes_are_those_of_one(tmp_path):
+    """Every rewrite in one network; the same global batches give the same weights."""
+    run_two_processes(TWO_PROCESSES, tmp_path)
