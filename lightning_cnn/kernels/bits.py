@@ -7,7 +7,6 @@ pixel is filled with zeros.
 """
 
 from collections.abc import Sequence
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,16 +15,10 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lightning_cnn.kernels.addresses import ADDRESS, after, both, compiled, float_at, load, set_word, store, word_at
+from lightning_cnn.kernels.addresses import ADDRESS, both, compiled, float_at, load, set_word, store, word_at
 from lightning_cnn.kernels.threads import use
 
-
-class Layout(IntEnum):
-    """How pixels lie in memory: uint64 words (n, h, w, c / 64), or float32 (n, h, w, c) or (n, c, h, w)."""
-
-    WORDS = 0
-    LAST = 1
-    FIRST = 2
+WORDS, LAST, FIRST = range(3)  # how pixels lie in memory: uint64 (n, h, w, c / 64), float32 (n, h, w, c), float32 (n, c, h, w)
 
 
 class Geometry(NamedTuple):
@@ -67,7 +60,7 @@ def _eight_below_zero(typingctx, address):
 @compiled
 def word_of(x, layout, channels, pixel, k):
     """Word `k` of a pixel of `x`, whose layout is WORDS or LAST."""
-    if layout == 0:
+    if layout == WORDS:
         return word_at(x + 8 * (pixel * ((channels + 63) // 64) + k))
     address = x + 4 * (pixel * channels + 64 * k)
     word = np.uint64(0)
@@ -103,16 +96,16 @@ def _pack_pixels(x, batch, channels, pixels, words):
     width = (channels + 63) // 64
     for pixel in prange(batch * pixels):
         for k in range(width):
-            set_word(words + 8 * (pixel * width + k), word_of(x, 1, channels, pixel, k))
+            set_word(words + 8 * (pixel * width + k), word_of(x, LAST, channels, pixel, k))
 
 
 _PACK_PLANES, _PACK_PIXELS = both(_pack_planes), both(_pack_pixels)
 
 
-def pack(x: int, layout: Layout, size: Sequence[int], channels: int, threads: int = 1) -> np.ndarray:
+def pack(x: int, layout: int, size: Sequence[int], channels: int, threads: int = 1) -> np.ndarray:
     """Words (n, h, w, ceil(c / 64)) of the float32 numbers at address `x`, of `size` (n, h, w)."""
     words = np.empty((*size, -(-channels // 64)), np.uint64)
-    loop = _PACK_PLANES if layout == Layout.FIRST else _PACK_PIXELS
+    loop = _PACK_PLANES if layout == FIRST else _PACK_PIXELS
     chosen(loop, threads)(x, size[0], channels, size[1] * size[2], words.ctypes.data)
     return words
 

@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 
 from lightning_cnn.kernels import xnor_avx2, xnor_tile
 from lightning_cnn.kernels.addresses import both, compiled, word_at
-from lightning_cnn.kernels.bits import Layout, chosen, finish_floats, finish_words, pack
+from lightning_cnn.kernels.bits import FIRST, LAST, WORDS, chosen, finish_floats, finish_words, pack
 
 MAX_PRODUCTS = 65532  # sums are 16-bit words
 
@@ -43,7 +43,7 @@ def panels(negative: np.ndarray, dilation_w: int = 1, tables: bool | None = None
 
 
 def convolve(
-    x: int, layout: Layout, size: Sequence[int], panel: int, finish: int, out: int, filters: int, to_words: bool,
+    x: int, layout: int, size: Sequence[int], panel: int, finish: int, out: int, filters: int, to_words: bool,
     geometry: Sequence[int], threads: int = 1, tables: bool | None = None,
 ) -> None:  # fmt: skip
     """Convolve the signs of `x`, zero-padded, and finish into `out`, (n, h, w, k) float32 or (n, h, w, ceil(k / 64)) words.
@@ -53,12 +53,10 @@ def convolve(
     """
     tables = prefers_tables() if tables is None else tables
     words = None
-    if layout == Layout.FIRST or (layout == Layout.LAST and not tables):
+    if layout == FIRST or (layout == LAST and not tables):
         words = pack(x, layout, size, geometry[0], threads)
-        x, layout = words.ctypes.data, Layout.WORDS
-    chosen(xnor_avx2.CONVOLVE if tables else _CONVOLVE, threads)(
-        x, int(layout), *size, panel, finish, out, filters, to_words, *geometry
-    )
+        x, layout = words.ctypes.data, WORDS
+    chosen(xnor_avx2.CONVOLVE if tables else _CONVOLVE, threads)(x, layout, *size, panel, finish, out, filters, to_words, *geometry)
 
 
 @intrinsic

@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
 
-from lightning_cnn.kernels.addresses import ADDRESS, both, compiled, store
+from lightning_cnn.kernels.addresses import both, compiled, store
 from lightning_cnn.kernels.bits import Geometry, finish_floats, finish_words, taps_inside, word_of
 from lightning_cnn.kernels.xnor_tile import LANES, LINES, PADDING, STEPS, TABLES, spaced, tile_2, tile_4, vectors_for
 
@@ -48,13 +48,16 @@ def _spread(typingctx, word, address):
 def _expand(x, layout, n, y, g, size, nibbles, row):
     """One row of signs to `row`, the table offsets of pixel pairs `stride_w` columns apart; `nibbles` is room for the row."""
     count, apart = size.columns * size.quads, g.stride_w * size.quads
-    nibbles[:] = 16 * PADDING
+    for i in range(nibbles.size):
+        nibbles[i] = 16 * PADDING
     base = np.int64(nibbles.ctypes.data)
     if 0 <= y < size.from_height:
         for x_at in range(min(size.from_width, size.columns + g.stride_w - g.padding_w)):
             start = (x_at + g.padding_w) * size.quads
             for k in range((g.channels + 63) // 64):
-                _spread(word_of(x, layout, g.channels, (n * size.from_height + y) * size.from_width + x_at, k), base + 2 * (start + 16 * k))
+                _spread(
+                    word_of(x, layout, g.channels, (n * size.from_height + y) * size.from_width + x_at, k), base + 2 * (start + 16 * k)
+                )
             # A last word that is not full has spilled zeros into its neighbour, which comes next, or into the padding.
             if size.quads % 16:
                 nibbles[start + size.quads : start + size.quads + 16] = 16 * PADDING
@@ -79,7 +82,8 @@ def _offsets(g, size):
 @compiled
 def _multiply(inputs, panel, offsets, lanes, g, size, begin, end, sums):
     """Popcounts of the pixel pairs `begin` to `end` of an image with the block of filters `panel`."""
-    sums[: 2 * (end - begin) * lanes] = 0
+    for i in range(2 * (end - begin) * lanes):  # a loop: numba's slice assignment is slower
+        sums[i] = 0
     table, ahead = np.int64(TABLES.ctypes.data), panel + STEPS * lanes
     for step in range(0, 3 * offsets.size, STEPS):
         triples = min(STEPS, 3 * offsets.size - step) // 3

@@ -8,7 +8,6 @@ Source: Rastegari et al. 2016, XNOR-Net, arXiv:1603.05279; Umuroglu et al. 2017,
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,24 +16,33 @@ from torch import Tensor, nn
 
 from lightning_cnn.errors import UnsupportedLayerError
 from lightning_cnn.kernels import xnor
-from lightning_cnn.kernels.bits import Geometry, Layout, thresholds
+from lightning_cnn.kernels.bits import FIRST, LAST, WORDS, Geometry, thresholds
 from lightning_cnn.nn.low_bit import LowBitConv2d, LowBitLinear
 
 
 def _xnor_conv2d(x: Tensor, panel: Tensor, finish: Tensor, filters: int, geometry: list[int], to_words: bool) -> Tensor:
-    if x.dtype == torch.int64:
-        x, layout, size = x.contiguous(), Layout.WORDS, x.shape[:3]
-    else:
-        x, size = x.float(), (x.shape[0], x.shape[2], x.shape[3])
-        layout = Layout.LAST if x.is_contiguous(memory_format=torch.channels_last) else Layout.FIRST
-        x = x if layout == Layout.LAST else x.contiguous()
+    # Little Python: between large layers its own memory is out of the cache, and a line costs ten times what it does in a loop.
     if finish.dtype != (torch.int32 if to_words else torch.float32):
         raise UnsupportedLayerError(
             f"A packed layer computes in float32, got its coefficients in {finish.dtype}: leave the packed model's dtype as it is."
         )
-    out = x.new_empty(_shape(size, geometry, filters, to_words), dtype=torch.int64 if to_words else torch.float32)
+    if x.dtype == torch.int64:
+        x, layout = x.contiguous(), WORDS
+        n, h, w, _ = x.shape
+    else:
+        x = x if x.dtype == torch.float32 else x.float()
+        n, _, h, w = x.shape
+        layout = LAST if x.is_contiguous(memory_format=torch.channels_last) else FIRST
+        x = x if layout == LAST else x.contiguous()
+    _, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w = geometry
+    rows = (h + 2 * padding_h - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
+    columns = (w + 2 * padding_w - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
+    if to_words:
+        out = torch.empty((n, rows, columns, -(-filters // 64)), dtype=torch.int64)
+    else:
+        out = torch.empty((n, rows, columns, filters), dtype=torch.float32)
     addresses = panel.data_ptr(), finish.data_ptr(), out.data_ptr()
-    xnor.convolve(x.data_ptr(), layout, size, *addresses, filters, to_words, geometry, torch.get_num_threads())
+    xnor.convolve(x.data_ptr(), layout, (n, h, w), *addresses, filters, to_words, geometry, torch.get_num_threads())
     return out if to_words else out.permute(0, 3, 1, 2)
 
 
@@ -49,12 +57,9 @@ xnor_conv2d = torch.ops.lightning_cnn.xnor_conv2d.default
 @torch.library.register_fake("lightning_cnn::xnor_conv2d", lib=_LIBRARY)
 def _(x: Tensor, panel: Tensor, finish: Tensor, filters: int, geometry: list[int], to_words: bool) -> Tensor:
     size = x.shape[:3] if x.dtype == torch.int64 else (x.shape[0], *x.shape[2:])
-    out = x.new_empty(_shape(size, geometry, filters, to_words), dtype=torch.int64 if to_words else torch.float32)
+    shape = (size[0], *Geometry(*geometry).output_size(*size[1:]), -(-filters // 64) if to_words else filters)
+    out = x.new_empty(shape, dtype=torch.int64 if to_words else torch.float32)
     return out if to_words else out.permute(0, 3, 1, 2)
-
-
-def _shape(size: Sequence[int], geometry: list[int], filters: int, to_words: bool) -> tuple[int, ...]:
-    return (size[0], *Geometry(*geometry).output_size(*size[1:]), -(-filters // 64) if to_words else filters)
 
 
 class _Packed(nn.Module):
@@ -85,7 +90,8 @@ class _Packed(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """`xnor_conv2d` with this layer's buffers."""
-        return xnor_conv2d(x, self.panel, self.finish, self.filters, self.geometry, self.to_words)
+        buffers = self._buffers  # an attribute of a module is a function call
+        return xnor_conv2d(x, buffers["panel"], buffers["finish"], self.filters, self.geometry, self.to_words)
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.geometry[:3]))
@@ -177,5 +183,7 @@ def _lay_out(module: nn.Module, _: Any = None) -> None:
     bits = np.unpackbits(layer.weight_bits.numpy(), axis=1, count=channels * math.prod(taps), bitorder="little")
     panel = xnor.panels(bits.reshape(layer.filters, channels, *taps).astype(bool), layer.geometry.dilation_w)
     # A torch allocation is 64-byte aligned, a numpy array is not, and a vector load across two cache lines costs two.
-    layer.panel = torch.from_numpy(panel if panel.dtype == np.uint8 else panel.view(np.int64)).clone(memory_format=torch.contiguous_format)
+    layer.panel = torch.from_numpy(panel if panel.dtype == np.uint8 else panel.view(np.int64)).clone(
+        memory_format=torch.contiguous_format
+    )
     layer.finish = torch.from_numpy(thresholds(layer.threshold.numpy(), layer.flip.numpy())) if layer.to_words else layer.affine

@@ -12,10 +12,10 @@ def test_parallel_kernels_run_in_the_pool_of_torch():
         import numpy as np
         import torch
         torch.set_num_threads(2)
-        from lightning_cnn.kernels.bits import Layout, pack
+        from lightning_cnn.kernels.bits import LAST, pack
 
         x = -torch.ones(1, 4, 4, 64)
-        assert (pack(x.data_ptr(), Layout.LAST, (1, 4, 4), 64, threads=2) == 2**64 - 1).all()
+        assert (pack(x.data_ptr(), LAST, (1, 4, 4), 64, threads=2) == 2**64 - 1).all()
         assert torch.get_num_threads() == 2
         import numba
         if numba.threading_layer() == "omp":

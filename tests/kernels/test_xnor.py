@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_cnn.kernels import xnor
-from lightning_cnn.kernels.bits import Geometry, Layout, pack, thresholds
+from lightning_cnn.kernels.bits import FIRST, LAST, WORDS, Geometry, pack, thresholds
 
 SPECIAL = torch.tensor([-0.0, 0.0, float("nan"), float("-inf"), -1e-45, 1e-45])
 
@@ -23,7 +23,7 @@ def plain(filters):
 
 def packed_words(x, channels_last=True, threads=1):
     image = x.permute(0, 2, 3, 1).contiguous() if channels_last else x.contiguous()
-    layout = Layout.LAST if channels_last else Layout.FIRST
+    layout = LAST if channels_last else FIRST
     return pack(image.data_ptr(), layout, (len(x), *x.shape[2:]), x.shape[1], threads)
 
 
@@ -36,9 +36,9 @@ def packed_conv(x, weight, geometry, finish=None, tables=True, threads=1, channe
     shape = (len(x), *geometry.output_size(*size[1:]))
     out = np.empty((*shape, -(-filters // 64)), np.uint64) if to_words else np.empty((*shape, filters), np.float32)
     image = x.permute(0, 2, 3, 1).contiguous() if channels_last else x.contiguous()
-    source, layout = image.data_ptr(), Layout.LAST if channels_last else Layout.FIRST
+    source, layout = image.data_ptr(), LAST if channels_last else FIRST
     if words:
-        signs_of_x, layout = packed_words(x, channels_last, threads), Layout.WORDS
+        signs_of_x, layout = packed_words(x, channels_last, threads), WORDS
         source = signs_of_x.ctypes.data
     addresses = panel.ctypes.data, finish.ctypes.data, out.ctypes.data
     xnor.convolve(source, layout, size, *addresses, filters, to_words, geometry, threads, tables)

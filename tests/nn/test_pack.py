@@ -160,3 +160,10 @@ def test_a_folded_norm_refuses_inputs_it_was_not_folded_for():
     model = binary(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))
     with pytest.raises(UnsupportedLayerError, match=r"needs inputs of 2 axes, got \(2, 8, 8\)"):
         pack(model)(torch.randn(2, 8, 8))
+
+
+def test_coefficients_of_another_dtype_are_refused():
+    """They are read by address, so a cast would turn them into other numbers without a word."""
+    model = pack(binary(nn.Sequential(nn.Conv2d(8, 8, 1)))).double()
+    with pytest.raises(UnsupportedLayerError, match=r"coefficients in torch\.float64"):
+        model(torch.randn(1, 8, 2, 2))
