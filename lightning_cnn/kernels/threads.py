@@ -31,7 +31,10 @@ def _bind_to_torch() -> None:
     code = Path(found.origin).read_bytes()
     if FILE not in code or not (Path(torch.__file__).parent / "lib/libgomp.so.1").exists():
         return
-    memory = os.memfd_create(LAYER)
+    try:
+        memory = os.memfd_create(LAYER)
+    except OSError:  # a sandbox may forbid it: numba's own copy then works too, if more slowly
+        return
     try:
         with open(memory, "wb", closefd=False) as file:
             file.write(code.replace(FILE, NAME))
@@ -39,6 +42,8 @@ def _bind_to_torch() -> None:
         spec = importlib.util.spec_from_file_location(LAYER, loader.path, loader=loader)
         assert spec is not None
         sys.modules[LAYER] = ufunc.omppool = importlib.util.module_from_spec(spec)  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError:
+        return
     finally:
         os.close(memory)
 
