@@ -79,7 +79,7 @@ def _is_plain(index: Tensor) -> bool:
         and index.dtype == torch.int64
         and not torch.compiler.is_compiling()
         and type(index) is Tensor
-        and not torch._C._functorch.is_functorch_wrapped_tensor(index)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(index)  # pyright: ignore[reportAttributeAccessIssue]
         and not is_in_torch_dispatch_mode()
     )
 

@@ -154,7 +154,7 @@ class FusedAugmentation(Warped):
         sizes = [math.log1p(knob["stretch"]), math.radians(knob["rotate_deg"]), math.radians(knob["shear_deg"]), knob["translate"]]
         sizes += [knob[name] for name in ("brightness", "contrast", "saturation")]
         sizes += [2 * math.pi * knob["hue"], knob["lens"], knob["lens_tangential"]]
-        return Knobs(float(knob["flip"]), float(knob["flip_vertical"]), knob["crop"] is not None, *map(float, ranges + sizes))
+        return Knobs._make([float(knob["flip"]), float(knob["flip_vertical"]), knob["crop"] is not None, *map(float, ranges + sizes)])
 
     def affine_of(self, params: Params) -> Tensor:
         knob, (size_in, out) = self.knobs, self._sizes(params)
