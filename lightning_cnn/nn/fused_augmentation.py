@@ -141,10 +141,10 @@ class FusedAugmentation(Warped):
         _, size_out = self._sizes(params)
         layout = torch.channels_last if image.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         light = self.light_of(params) if "alpha" in params else torch.zeros(len(image), 3)
-        arrays = [array.contiguous().numpy() for array in (params["u"].float(), light.float())]
-        does = (self.bends, flags["fill"] == "border", self.moves, self.colours)
-        picture = image.contiguous(memory_format=layout).numpy()
-        return torch.from_numpy(warp_colour(picture, *arrays, self._compiled_knobs(), *does, size_out, torch.get_num_threads()))
+        u, light = (array.contiguous().numpy() for array in (params["u"].float(), light.float()))
+        picture, border, threads = image.contiguous(memory_format=layout).numpy(), flags["fill"] == "border", torch.get_num_threads()
+        knobs = self._compiled_knobs()
+        return torch.from_numpy(warp_colour(picture, u, light, knobs, self.bends, border, self.moves, self.colours, size_out, threads))
 
     def _compiled_knobs(self) -> Any:
         from lightning_cnn.kernels.augment_terms import Knobs
