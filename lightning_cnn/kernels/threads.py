@@ -9,6 +9,7 @@ the name put right. Numba would prefer its other layers, so the preference is se
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numba
 import torch
 from numba.core import config
 from numba.np import ufunc
+from numba.np.ufunc import parallel
 
 config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -48,14 +50,20 @@ def _bind_to_torch() -> None:
         os.close(memory)
 
 
+def _launch_in_torchs_number(launch: Callable[[], None] = parallel._launch_threads) -> None:
+    """Numba starts its layer with all cores, when it first loads or runs a parallel kernel; the pool is torch's, whose number stays."""
+    of_torch = torch.get_num_threads()
+    launch()
+    if torch.get_num_threads() != of_torch:
+        torch.set_num_threads(of_torch)
+
+
 _bind_to_torch()
+parallel._launch_threads = _launch_in_torchs_number
 
 
 def use(threads: int) -> int:
     """Let the kernels called next from this thread run on `threads` threads; returns how many they get."""
-    of_torch = torch.get_num_threads()
     available = min(threads, config.NUMBA_NUM_THREADS)  # pyright: ignore[reportAttributeAccessIssue]
     numba.set_num_threads(available)
-    if torch.get_num_threads() != of_torch:  # Numba's first start resizes the pool that they share
-        torch.set_num_threads(of_torch)
     return available
