@@ -26,6 +26,13 @@ class Warped(GeometricAugmentationBase2D):
         super().__init__(p=p)
         self.flags = {"size": size, "fill": fill}
 
+    def forward_parameters(self, batch_shape: Any) -> Params:
+        if self.p < 1:
+            return super().forward_parameters(batch_shape)
+        # As Kornia's, without the operations that find out that every sample is to be augmented
+        always = {"batch_prob": torch.ones(batch_shape[0]), "forward_input_shape": torch.tensor(tuple(batch_shape))}
+        return {**self.generate_parameters(batch_shape), **always}
+
     def affine_of(self, params: Params) -> Tensor:
         """The affine maps (b 2 3) of `params`."""
         raise NotImplementedError
