@@ -128,7 +128,8 @@ def test_kept_memory_is_not_faulted_in_again_and_is_given_back():
     undo = _changes.keep_memory()
     kept = min(faults() for _ in range(5))  # blocks find their places in the first rounds
     undo()
-    assert 10 * kept < min(faults() for _ in range(5))
+    # The first round, if the heap has room for both by now: what was given back is faulted in once more, and then stays
+    assert 10 * kept < max(faults() for _ in range(5))
 
 
 def keeping(monkeypatch, *names):
