@@ -1,4 +1,4 @@
-"""One pool of threads for torch and numba: two pools on the same cores spin against each other, measured at 23 ms instead of 0.3.
+"""One pool of threads for torch and numba: two pools on the same cores spin against each other.
 
 Both use OpenMP; as torch is loaded first, numba's layer of that name would bind to torch's own library, if it asked for it by name.
 Numba's wheel for Linux asks for the file `libgomp.so.1.0.0`, which is the system's copy and a second pool, so the layer is loaded with
