@@ -5,8 +5,9 @@ ask ahead (Lightning by one batch, worker processes by more), so towards the end
 wait for: a rank takes no more where the others will be done with all that is left sooner than it with one more.
 
 The ledger of an epoch is in the store: `next` (the counter), `done` (batch numbers, appended after training on them), `count` (how many
-those are), `left` (ranks that take no more) and one key for each batch in somebody's hands. A dead worker's batches are those that are not done and whose owner is dead, or that nobody claimed; who
-runs out of work takes them over, in the same epoch or at the end of the next. Order is a function of (seed, epoch).
+those are), `left` (ranks that take no more) and one key for each batch in somebody's hands. A dead worker's batches are those that are
+not done and whose owner is dead, or that nobody claimed; who runs out of work takes them over, in the same epoch or at the end of the
+next. Order is a function of (seed, epoch).
 """
 
 import math
