@@ -18,7 +18,6 @@ def test_the_answers_counted_while_testing_are_those_a_prediction_gives():
     first = answers.counts
     trainer.test(model, datamodule=data, verbose=False)
     np.testing.assert_array_equal(first, answers.counts)  # of the last test alone
-    assert first.sum() == 3 * data.batch_size
     np.testing.assert_array_equal(answers.counts, _report.confusion(trainer, model, data, 10))
 
 
