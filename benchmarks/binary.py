@@ -1,12 +1,14 @@
 """One bit against float32 and int8: convolutions of ResNet-18, and the whole network, bit-packed, on this CPU.
 
-python benchmarks/binary.py [--quick] [--json FILE] [--threads 1] [--only layers|batches|network|limit]
+python benchmarks/binary.py [--quick] [--json FILE] [--threads 1] [--only layers|batches|network|breakdown|limit]
 
-Packing the float input is part of our time. `limit` compares the kernel alone with what the vector ports could do at most.
+Packing the float input is part of our time. `breakdown` says where the time of the packed network goes. `limit` compares the kernel
+alone with what the vector ports could do at most.
 """
 
 import argparse
 import time
+from statistics import median
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from torch import nn
 from lightning_cnn.kernels.bits import Geometry
 from lightning_cnn.kernels.xnor import panels, prefers_tables
 from lightning_cnn.nn import pack
-from lightning_cnn.nn.packed import xnor_conv2d
+from lightning_cnn.nn.packed import PackedConv2d, xnor_conv2d
 from lightning_cnn.precision import xnor_net
 
 SHAPES = [(64, 56), (128, 28), (256, 14), (512, 7)]
@@ -65,15 +67,57 @@ def int8(x: torch.Tensor, weight: torch.Tensor):
 
 def network_row(threads: int, n: int) -> Row:
     """torchvision's ResNet-18, its ReLUs dropped by the plugin, first and last layer float; batch 1, 224 x 224."""
-    plain = torchvision.models.resnet18().eval()
-    binary = torchvision.models.resnet18().eval()
-    xnor_net().convert_module(binary)
-    packed = pack(binary).to(memory_format=torch.channels_last)
-    x = torch.randn(1, 3, 224, 224)
-    last, plain_last = x.contiguous(memory_format=torch.channels_last), torchvision.models.resnet18().eval()
+    plain, plain_last = torchvision.models.resnet18().eval(), torchvision.models.resnet18().eval()
     plain_last.to(memory_format=torch.channels_last)
+    packed, last = packed_network()
+    x = last.contiguous()
     functions = {"packed": lambda: packed(last), "nchw": lambda: plain(x), "channels_last": lambda: plain_last(last)}
     return best_float(f"ResNet-18 batch 1 threads {threads}", timed(functions, n), n, bar=6)
+
+
+def packed_network() -> tuple[nn.Module, torch.Tensor]:
+    binary = torchvision.models.resnet18().eval()
+    xnor_net().convert_module(binary)
+    x = torch.randn(1, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    return pack(binary).to(memory_format=torch.channels_last), x
+
+
+PARTS = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc")
+
+
+def breakdown_rows(threads: int, n: int) -> list[Row]:
+    """Milliseconds of each part of the packed network, of its packed layers, and of what is left to residual adds and Python."""
+    network, x = packed_network()
+    layers = [layer for layer in network.modules() if isinstance(layer, PackedConv2d)]
+    taken: dict[str, list[float]] = {name: [0.0] for name in (*PARTS, "packed layers", "whole")}
+    watch(network, taken["whole"])
+    for name in PARTS:
+        watch(network.get_submodule(name), taken[name])
+    for layer in layers:
+        watch(layer, taken["packed layers"])
+    rounds = []
+    for _ in range(3 + n):
+        for spent in taken.values():
+            spent[0] = 0.0
+        network(x)
+        rounds.append({name: 1e3 * spent[0] for name, spent in taken.items()})
+    found = {name: median(one[name] for one in rounds[3:]) for name in taken}
+    blocks = sum(found[name] for name in PARTS if name.startswith("layer"))
+    found["residual adds, Python"] = blocks - found["packed layers"]
+    return [Row(f"packed ResNet-18, {name}, threads {threads}", "-", ms, None, "ms", n=n) for name, ms in found.items()]
+
+
+def watch(module: nn.Module, spent: list[float]) -> None:
+    """Add the seconds of each call to `spent[0]`."""
+    forward = module.forward
+
+    def timed_forward(*inputs):
+        start = clock()
+        output = forward(*inputs)
+        spent[0] += clock() - start
+        return output
+
+    module.forward = timed_forward
 
 
 def best_float(row: str, times: dict[str, float], n: int, bar: float) -> Row:
@@ -88,10 +132,13 @@ def timed(functions: dict, n: int) -> dict[str, float]:
 
 def took(function) -> float:
     """Seconds; of one thread its processor time, which a busy neighbour does not change."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     function()
     return clock() - start
+
+
+def clock() -> float:
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def limit_rows(n: int) -> list[Row]:
@@ -133,7 +180,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=("layers", "batches", "network", "limit"))
+    parser.add_argument("--only", choices=("layers", "batches", "network", "breakdown", "limit"))
     arguments = parser.parse_args()
     n, rows, start = (20 if arguments.quick else 100), [], time.perf_counter()
     print(f"kernel: {'AVX2 table look-ups' if prefers_tables() else 'vector popcount'}")
@@ -145,6 +192,8 @@ def main() -> None:
             rows += [row for shape in SHAPES for row in layer_rows(*shape, 8, arguments.threads, n // 5)]
         if arguments.only in (None, "network"):
             rows.append(network_row(arguments.threads, n // 5))
+        if arguments.only in (None, "breakdown"):
+            rows += breakdown_rows(arguments.threads, n)
         if arguments.only in (None, "limit") and prefers_tables():
             rows += limit_rows(n)
     report(rows, arguments.json)

@@ -17,15 +17,13 @@ from torch import Tensor, nn
 from lightning_cnn.errors import UnsupportedLayerError
 from lightning_cnn.kernels import xnor
 from lightning_cnn.kernels.bits import FIRST, LAST, WORDS, Geometry, thresholds
+from lightning_cnn.kernels.norm_pool import norm_pool as pool_by_address
 from lightning_cnn.nn.low_bit import LowBitConv2d, LowBitLinear
 
 
 def _xnor_conv2d(x: Tensor, panel: Tensor, finish: Tensor, filters: int, geometry: list[int], to_words: bool) -> Tensor:
     # Little Python: between large layers its own memory is out of the cache, and a line costs ten times what it does in a loop.
-    if finish.dtype != (torch.int32 if to_words else torch.float32):
-        raise UnsupportedLayerError(
-            f"A packed layer computes in float32, got its coefficients in {finish.dtype}: leave the packed model's dtype as it is."
-        )
+    _check(finish, torch.int32 if to_words else torch.float32)
     if x.dtype == torch.int64:
         x, layout = x.contiguous(), WORDS
         n, h, w, _ = x.shape
@@ -46,6 +44,13 @@ def _xnor_conv2d(x: Tensor, panel: Tensor, finish: Tensor, filters: int, geometr
     return out if to_words else out.permute(0, 3, 1, 2)
 
 
+def _check(coefficients: Tensor, dtype: torch.dtype) -> None:
+    if coefficients.dtype != dtype:
+        raise UnsupportedLayerError(
+            f"A packed layer computes in float32, got its coefficients in {coefficients.dtype}: leave the packed model's dtype as it is."
+        )
+
+
 # As an operator of the library itself: `torch.library.custom_op` takes 6 us a call more.
 _LIBRARY = torch.library.Library("lightning_cnn", "FRAGMENT")
 _LIBRARY.define("xnor_conv2d(Tensor x, Tensor panel, Tensor finish, int filters, int[] geometry, bool to_words) -> Tensor")
@@ -60,6 +65,32 @@ def _(x: Tensor, panel: Tensor, finish: Tensor, filters: int, geometry: list[int
     shape = (size[0], *Geometry(*geometry).output_size(*size[1:]), -(-filters // 64) if to_words else filters)
     out = x.new_empty(shape, dtype=torch.int64 if to_words else torch.float32)
     return out if to_words else out.permute(0, 3, 1, 2)
+
+
+def _norm_pool2d(x: Tensor, affine: Tensor, window: list[int]) -> Tensor:
+    _check(affine, torch.float32)
+    x = x.float().contiguous(memory_format=torch.channels_last)
+    n, c, h, w = x.shape
+    out = torch.empty((n, c, *_pooled(h, w, window)), memory_format=torch.channels_last)
+    pool_by_address(x.data_ptr(), (n, h, w, c), affine.data_ptr(), out.data_ptr(), window, torch.get_num_threads())
+    return out
+
+
+def _pooled(height: int, width: int, window: list[int]) -> tuple[int, int]:
+    kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w = window
+    return (height + 2 * padding_h - kernel_h) // stride_h + 1, (width + 2 * padding_w - kernel_w) // stride_w + 1
+
+
+_LIBRARY.define("norm_pool2d(Tensor x, Tensor affine, int[] window) -> Tensor")
+_LIBRARY.impl("norm_pool2d", _norm_pool2d, "CPU")
+norm_pool2d = torch.ops.lightning_cnn.norm_pool2d.default
+"""Max pool of `x * gain + offset`, `affine` (2, c), over a window (kernel, stride, padding, each by height and width)."""
+
+
+@torch.library.register_fake("lightning_cnn::norm_pool2d", lib=_LIBRARY)
+def _(x: Tensor, affine: Tensor, window: list[int]) -> Tensor:
+    n, c, h, w = x.shape
+    return torch.empty((n, c, *_pooled(h, w, window)), device=x.device, memory_format=torch.channels_last)
 
 
 class _Packed(nn.Module):
@@ -118,6 +149,24 @@ class PackedLinear(_Packed):
         return (y if self.to_words else y.permute(0, 2, 3, 1)).reshape(*x.shape[:-1], -1)
 
 
+class NormMaxPool2d(nn.Module):
+    """A batch norm and the max pool behind it in one pass, equal to the two bit for bit; the output is channels_last."""
+
+    affine: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d, pool: nn.MaxPool2d) -> None:
+        super().__init__()
+        self.register_buffer("affine", torch.stack(_gain_and_offset(norm)).contiguous())
+        stride = pool.kernel_size if pool.stride is None else pool.stride
+        self.window = [*_pair(pool.kernel_size), *_pair(stride), *_pair(pool.padding)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm_pool2d(x, self.affine, self.window)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.affine[0])}, kernel, stride, padding {self.window[::2]}, norm folded"
+
+
 def geometry_of(layer: nn.Module) -> Geometry | None:
     """The shape of a layer that can be packed, or None."""
     bits = getattr(layer, "bits", None)
@@ -148,13 +197,23 @@ def _affine(layer: LowBitConv2d | LowBitLinear, norm: Any) -> Tensor:
     one, zero = torch.ones(filters), torch.zeros(filters)
     rows = [one if scale is None else scale, zero if layer.bias is None else layer.bias, one, zero]
     if norm is not None:
-        # numpy divides and takes roots to the last bit; the norm of zeros is its offset, however PyTorch rounds that.
-        inverse = 1 / np.sqrt(norm.running_var.cpu().numpy() + np.float32(norm.eps))
-        rows[2] = torch.from_numpy(inverse) * (one if norm.weight is None else norm.weight.cpu())
-        with torch.no_grad():
-            shape = (1, filters) if isinstance(norm, nn.BatchNorm1d) else (1, filters, 1, 1)
-            rows[3] = norm(torch.zeros(shape, device=norm.running_mean.device)).flatten()  # pyright: ignore[reportOptionalMemberAccess]
+        rows[2:] = _gain_and_offset(norm)
     return torch.stack([row.detach().float().cpu() for row in rows]).contiguous()
+
+
+def _gain_and_offset(norm: Any) -> tuple[Tensor, Tensor]:
+    """Gain and offset of a batch norm at inference, rounded as PyTorch rounds them."""
+    # numpy divides and takes roots to the last bit; the norm of zeros is its offset, however PyTorch rounds that.
+    variance: Tensor = norm.running_var
+    inverse = torch.from_numpy(1 / np.sqrt(variance.cpu().numpy() + np.float32(norm.eps)))
+    shape = (1, len(inverse)) if isinstance(norm, nn.BatchNorm1d) else (1, len(inverse), 1, 1)
+    with torch.no_grad():
+        offset = norm(torch.zeros(shape, device=variance.device)).flatten()
+    return (inverse if norm.weight is None else inverse * norm.weight.detach().cpu()), offset.cpu()
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else value
 
 
 def _threshold(affine: Tensor, products: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_cnn.errors import NoEffectWarning, UnsupportedLayerError
 from lightning_cnn.nn import PackedConv2d, PackedLinear, pack
 from lightning_cnn.nn.low_bit import BitWidths, lower
+from lightning_cnn.nn.packed import NormMaxPool2d
 
 
 def binary(model, scale=True, keep=()):
@@ -66,6 +67,32 @@ def test_a_residual_block_folds_norms_and_hands_on_words_inside():
     assert torch.equal(packed(x), model(x))
     assert [(m.to_words, m.folded) for m in packed.modules() if isinstance(m, PackedConv2d)] == [(True, True), (False, True)] * 2
     assert type(packed) is nn.Sequential and type(packed[0]) is Residual
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("channels", "pool"), [(64, nn.MaxPool2d(3, 2, 1)), (45, nn.MaxPool2d((2, 3), (1, 2), (1, 0)))])
+def test_a_norm_before_a_max_pool_goes_into_it(channels, pool, memory_format, threads):
+    """With gains below zero and of zero, NaN, both infinities and both zeros."""
+    ends = nn.Conv2d(3, channels, 3, bias=False), nn.BatchNorm2d(channels), nn.Identity(), pool
+    model = binary(nn.Sequential(*ends, nn.Conv2d(channels, 5, 1)), keep=("0",))
+    packed, x = pack(model), torch.randn(2, 3, 13, 12).contiguous(memory_format=memory_format)
+    x[0, 0, :4, 0] = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    with torch.inference_mode():
+        want, got = model[:4](x), packed[:4](x)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(packed(x), model(x))
+    torch.set_num_threads(before)
+    assert type(packed[3]) is NormMaxPool2d and type(packed[1]) is nn.Identity
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, dilation=2), nn.AvgPool2d(2)])
+def test_other_pools_stay_as_they_are(pool):
+    model = binary(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), pool, nn.Conv2d(8, 5, 1)), keep=("0",))
+    packed, x = pack(model), torch.randn(1, 3, 9, 9)
+    assert type(packed[2]) is type(pool) and torch.equal(packed(x), model(x))
 
 
 def test_thresholds_hold_on_every_sum_the_layer_can_have():
@@ -131,7 +158,7 @@ def test_packed_layers_compile_and_pass_opcheck():
         from torch import nn
         from lightning_cnn.nn import pack
         from lightning_cnn.nn.low_bit import BitWidths, lower
-        from lightning_cnn.nn.packed import xnor_conv2d
+        from lightning_cnn.nn.packed import NormMaxPool2d, norm_pool2d, xnor_conv2d
 
         model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(72, 5))
         model.eval()
@@ -143,6 +170,8 @@ def test_packed_layers_compile_and_pass_opcheck():
         for layer, value in ((packed[0], x), (packed[2], packed[0](x))):
             constants = layer.panel, layer.finish, layer.filters, list(layer.geometry), layer.to_words
             torch.library.opcheck(xnor_conv2d, (value, *constants))
+        pool = NormMaxPool2d(model[1], nn.MaxPool2d(3, 2, 1))
+        torch.library.opcheck(norm_pool2d, (torch.randn(2, 8, 5, 6), pool.affine, pool.window))
         trained = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert torch.equal(trained(x), model(x))
         trained(x).sum().backward()
