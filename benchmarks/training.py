@@ -229,7 +229,7 @@ def _tiny(steps: int, module: Module, callbacks: Sequence[L.Callback] = (), *, l
 
 def recipe(quick: bool) -> list[Row]:
     """From a folder of pictures to an accuracy: our verbs, and the reference scripts with the same schedule."""
-    px, epochs, most = (32, 1, 24) if quick else (48, 2, 10**6)
+    px, epochs, most = (32, 1, 24) if quick else (32, 3, 10**6)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         classes, pictures = _folder(folder, os.environ.get("PICTURES"), most)
