@@ -126,10 +126,10 @@ def networks(options: argparse.Namespace) -> list[Row]:
 
 def training(options: argparse.Namespace) -> list[Row]:
     rows, quick = [], options.quick
-    chosen = [(name, batch) for name, batch in (("resnet18", 4), ("convnext_tiny", 2)) if options.network in (None, name)]
-    for name, batch in chosen[: 1 if quick else 2]:
-        model, x = getattr(torchvision.models, name)(), torch.randn(batch, 3, 224, 224)
-        rows += versus_stock(f"train {name}, batch {batch}", model, x, train, 3 if quick else 5, 0.98, True)
+    chosen = [each for each in (("resnet18", 4, 112), ("convnext_tiny", 2, 96)) if options.network in (None, each[0])]
+    for name, batch, size in chosen[: 1 if quick else 2]:
+        model, x = getattr(torchvision.models, name)(), torch.randn(batch, 3, size, size)
+        rows += versus_stock(f"train {name}, batch {batch}, {size} px", model, x, train, 3 if quick else 7, 0.98, True)
     return rows
 
 

@@ -49,23 +49,8 @@ def composition(verb: str, overrides: Sequence[str]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigurationError(_explained(str(error), verb, words)) from error
     allowed = tuple(f"{package.rstrip('.')}." for package in config.get("allow_packages") or ())
-    if "trainer" in config:
-        _import_lightning()
     found = [*_unknown_keys(config, verb), *problems(config, allow=allowed), *_setting_problems(config.hydra)]
     raise_all(found)
-
-
-def _import_lightning() -> None:
-    """Without scipy.signal, a second, which torchmetrics imports only to give it an old name back where that is missing."""
-    if "lightning" in sys.modules or "scipy.signal" in sys.modules:
-        return
-    stand_in = types.ModuleType("scipy.signal")
-    vars(stand_in)["hamming"] = None
-    sys.modules["scipy.signal"] = stand_in
-    try:
-        import_module("lightning")
-    finally:
-        del sys.modules["scipy.signal"]
 
 
 def _composed(verb: str, words: Sequence[str]) -> DictConfig:

@@ -19,12 +19,14 @@ SCHEMA = (
 )
 
 
-@torch.library.custom_op("lightning_cnn::convolve", mutates_args=(), schema=SCHEMA)
-def convolve(role, a, b, bias, size, stride, padding, dilation, groups, plan, keep):
+def compute(role, a, b, bias, size, stride, padding, dilation, groups, plan, keep) -> Tensor:
     """`role` of (x, weight, bias), (g, weight) or (x, g); `size` is the picture of an input gradient, the kernel of a weight's."""
     call = describe(role, a, b, size, Geometry(tuple(stride), tuple(padding), tuple(dilation), groups), keep)
     result = load(algorithm_for(call, plan)).compute(call, a.detach(), b if keep else b.detach(), bias)
     return result.contiguous(memory_format=_format(role, a, b))
+
+
+convolve = torch.library.custom_op("lightning_cnn::convolve", compute, mutates_args=(), schema=SCHEMA)
 
 
 @convolve.register_fake

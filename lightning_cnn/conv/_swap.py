@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lightning_cnn.conv import _tuner
 from lightning_cnn.conv._call import NAMES, ROLES, Call, Role
-from lightning_cnn.conv._operator import algorithm_for, convolve, describe
+from lightning_cnn.conv._operator import algorithm_for, compute, convolve, describe
 from lightning_cnn.errors import NoEffectWarning, raise_all
 from lightning_cnn.functional.conv.geometry import Geometry
 
@@ -31,6 +31,15 @@ class SwappedConv2d(nn.Conv2d):
     _stock: dict  # what was asked -> is every pass of it the default
     _calls: dict[Call, None]  # the forward calls seen, for the report
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Torch's way is taken before all else where it was chosen: a small layer takes no longer than the questions of the others."""
+        if not torch.compiler.is_compiling() and type(input) is Tensor and self.padding_mode == "zeros":
+            own = self._parameters  # Attributes of a module cost a microsecond each; a reparametrized weight is not among these
+            weight = own.get("weight")
+            if weight is not None and "bias" in own and self._stock.get(self._asked(input, weight)):
+                return F.conv2d(input, weight, own["bias"], self.stride, self.padding, self.dilation, self.groups)
+        return super().forward(input)
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not _plain(input, weight) or input.shape[-3] != self.in_channels:
             return super()._conv_forward(input, weight, bias)
@@ -44,7 +53,8 @@ class SwappedConv2d(nn.Conv2d):
         batched = input if input.dim() == 4 else input[None]
         padded, padding = self._padded(batched)
         keep = not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
-        y = convolve("forward", padded, weight, bias, [], self.stride, padding, self.dilation, self.groups, self._plan, keep)
+        run = compute if keep and _direct() else convolve
+        y = run("forward", padded, weight, bias, [], self.stride, padding, self.dilation, self.groups, self._plan, keep)
         return y if input.dim() == 4 else y[0]
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -56,25 +66,30 @@ class SwappedConv2d(nn.Conv2d):
             return x, (top, left)
         return F.pad(x, self._reversed_padding_repeated_twice), (0, 0)
 
+    def _asked(self, input: Tensor, weight: Tensor) -> tuple:
+        """What the choice can depend on, in the cheapest form there is."""
+        grad, auto = torch.is_grad_enabled(), self._plan[0] == "a"
+        return (
+            input.shape, input.stride(), input.dtype, input.is_cuda, grad and input.requires_grad, grad and weight.requires_grad,
+            torch._C._is_any_autocast_enabled(), torch.get_num_threads(), auto and _tuner.tuner_for(self._plan).generation,
+        )  # fmt: skip
+
     def _is_stock(self, input: Tensor, weight: Tensor) -> bool:
         """Record what is asked for, and tell whether every pass of it is the default: then the operator would only cost time."""
-        grad = torch.is_grad_enabled()
-        needs = (grad and input.requires_grad, grad and weight.requires_grad)
-        tuner = _tuner.tuner_for(self._plan) if self._plan.startswith("auto") else None
-        if tuner and tuner.paused:
+        if self._plan.startswith("auto") and _tuner.tuner_for(self._plan).paused:
             return True
-        generation = tuner.generation if tuner else 0
-        autocast = torch.is_autocast_enabled(input.device.type)
-        asked = (input.shape, input.stride(), input.dtype, autocast, needs, torch.get_num_threads(), generation)
+        asked = self._asked(input, weight)
         if asked not in self._stock:
             if len(self._stock) >= REMEMBERED_SHAPES:
                 self._stock.clear()
             self._stock[asked] = False
-            self._look_up(asked, input, weight, needs, autocast)
+            self._look_up(asked, input, weight)
         return self._stock.get(asked, False)
 
-    def _look_up(self, asked, input: Tensor, weight: Tensor, needs: tuple[bool, bool], autocast: bool) -> None:
+    def _look_up(self, asked, input: Tensor, weight: Tensor) -> None:
+        autocast, grad = torch.is_autocast_enabled(input.device.type), torch.is_grad_enabled()
         dtype = torch.get_autocast_dtype(input.device.type) if autocast and input.dtype != torch.float64 else input.dtype
+        needs = (grad and input.requires_grad, grad and weight.requires_grad)
         with torch.no_grad():
             padded, padding = self._padded(input.detach() if input.dim() == 4 else input.detach()[None])
             geometry = Geometry(self.stride, padding, self.dilation, self.groups)  # pyright: ignore[reportArgumentType]
@@ -171,6 +186,11 @@ def _plain(*tensors: Tensor) -> bool:
     if getattr(_get_current_dispatch_mode(), "as_written", False):
         return False
     return all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type in ("cpu", "cuda") for tensor in tensors)
+
+
+def _direct() -> bool:
+    """Nobody looks at the operators that run, so the call need not go through one."""
+    return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None and not torch.autograd._profiler_enabled()
 
 
 def _problems(algorithm: Choice) -> list[str]:

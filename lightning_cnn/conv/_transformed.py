@@ -24,7 +24,7 @@ def transformed(weight: Tensor, kind: Hashable, compute: Callable[[], Tensor], k
     sample = _sample(weight.detach())
     entry = _kept.get(weight)
     if entry is None or entry[0] != stamp or not torch.equal(entry[1], sample):
-        entry = (stamp, sample, {})
+        entry = (stamp, sample.clone(), {})
         _kept[weight] = entry
     if kind not in entry[2]:
         entry[2][kind] = compute()
@@ -33,9 +33,9 @@ def transformed(weight: Tensor, kind: Hashable, compute: Callable[[], Tensor], k
 
 def _sample(weight: Tensor) -> Tensor:
     step = max(1, weight.numel() // SAMPLE)
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    values = weight.as_strided((weight.numel(),), (1,)) if dense else weight.flatten()  # flatten() would copy channels-last filters
-    return values[::step].clone()
+    if weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last):
+        return weight.as_strided((-(-weight.numel() // step),), (step,))  # flatten() would copy channels-last filters
+    return weight.flatten()[::step]
 
 
 def kept_bytes(weight: Tensor) -> int:

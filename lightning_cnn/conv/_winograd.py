@@ -61,14 +61,19 @@ def _forward(call: Call, x: Tensor, weight: Tensor, padding, bias: Tensor | None
     from lightning_cnn.kernels import threads
     from lightning_cnn.kernels.winograd import winograd as kernel
 
-    pixels = F.pad(x.permute(0, 2, 3, 1), (0, -x.shape[1] % LANES)).contiguous()
+    pixels = _filled(x.permute(0, 2, 3, 1), LANES).contiguous()
     k, (top, left) = weight.shape[0], padding
     y = torch.empty(x.shape[0], x.shape[2] + 2 * top - 2, x.shape[3] + 2 * left - 2, k)
-    offset = torch.zeros(U.shape[1] * COLUMNS) if bias is None else F.pad(bias.detach(), (0, -k % COLUMNS))
+    offset = torch.zeros(U.shape[1] * COLUMNS) if bias is None else _filled(bias.detach(), COLUMNS)
     workers = threads.use(call.threads)
     block, splits = _blocking(y.shape[0] * -(-y.shape[1] // m) * -(-y.shape[2] // m), x.shape[1], k, workers)
     kernel(pixels.numpy(), U.numpy(), offset.numpy(), y.numpy(), m, top, left, workers, block, splits)
     return y.permute(0, 3, 1, 2)
+
+
+def _filled(x: Tensor, multiple: int) -> Tensor:
+    """Zeros behind the last axis up to a multiple; nothing is copied where there is none."""
+    return F.pad(x, (0, -x.shape[-1] % multiple)) if x.shape[-1] % multiple else x
 
 
 def _in_numba(call: Call) -> bool:

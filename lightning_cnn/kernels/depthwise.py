@@ -54,6 +54,14 @@ def _gather(picture, n, first, top, left, height, width, scratch):
             _line(picture, n, first, h - top, begin - left, end - begin, scratch, (h * width + begin) * LANES, False)
 
 
+@njit(inline="always", error_model="numpy")
+def _correlate(a, b, at, outer, inner, b_outer, step, shift, out, out_at):
+    if step == 1 and shift == 1:  # Constant steps: neighbouring sums share their loads
+        correlate_8(a, 0, b, at, outer, inner, b_outer, LANES, LANES, out, out_at)
+    else:
+        correlate_8(a, 0, b, at, outer, inner, b_outer, step * LANES, shift * LANES, out, out_at)
+
+
 @njit(void(PICTURES, PICTURES, float32[:], PICTURES, *[int64] * 7), cache=True, nogil=True, parallel=True, error_model="numpy")
 def depthwise(x, weight, bias, y, top, left, stride_h, stride_w, dilation_h, dilation_w, workers):
     """Write `y` (n, c, ho, wo) from `x` (n, c, h, w), one filter `weight` (c, 1, r, s) a channel; `top` and `left` may be negative."""
@@ -64,7 +72,7 @@ def depthwise(x, weight, bias, y, top, left, stride_h, stride_w, dilation_h, dil
     height, width = (Ho - 1) * stride_h + (R - 1) * dilation_h + 1, (across - 1) * stride_w + (S - 1) * dilation_w + 1
     for worker in prange(workers):
         source, row = np.zeros(height * width * LANES, np.float32), np.empty(across * LANES, np.float32)
-        taps = np.empty(R * S * LANES, np.float32)
+        taps, offset = np.empty(R * S * LANES, np.float32), np.zeros(LANES, np.float32)
         for piece in range(worker * N * groups // workers, (worker + 1) * N * groups // workers):
             n, first = piece // groups, piece % groups * LANES
             _gather(x, n, first, top, left, height, width, source)
@@ -72,15 +80,14 @@ def depthwise(x, weight, bias, y, top, left, stride_h, stride_w, dilation_h, dil
                 for r in range(R):
                     for s in range(S):
                         taps[(r * S + s) * LANES + lane] = weight[first + lane, 0, r, s]
+            for lane in range(min(LANES, C - first)):
+                offset[lane] = bias[first + lane]
             for h in range(Ho):
                 for w in range(across):
-                    for lane in range(min(LANES, C - first)):
-                        row[w * LANES + lane] = bias[first + lane]
+                    copy_8(offset, 0, row, w * LANES)
                 for w in range(0, across, LANES):
-                    correlate_8(
-                        taps, 0, source, (h * stride_h * width + w * stride_w) * LANES, R, S, dilation_h * width * LANES,
-                        dilation_w * LANES, stride_w * LANES, row, w * LANES,
-                    )  # fmt: skip
+                    at = (h * stride_h * width + w * stride_w) * LANES
+                    _correlate(taps, source, at, R, S, dilation_h * width * LANES, dilation_w, stride_w, row, w * LANES)
                 _line(y, n, first, h, 0, Wo, row, 0, True)
 
 
@@ -103,10 +110,10 @@ def depthwise_weight(x, g, gw, top, left, stride_h, stride_w, dilation_h, dilati
                 _gather(g, n, first, 0, 0, Ho, Wo, gradient)
                 for r in range(R):
                     for s in range(0, across, LANES):
-                        correlate_8(
-                            gradient, 0, source, (r * dilation_h * width + s * dilation_w) * LANES, Ho, Wo, stride_h * width * LANES,
-                            stride_w * LANES, dilation_w * LANES, sums, (r * across + s) * LANES,
-                        )  # fmt: skip
+                        at = (r * dilation_h * width + s * dilation_w) * LANES
+                        _correlate(
+                            gradient, source, at, Ho, Wo, stride_h * width * LANES, stride_w, dilation_w, sums, (r * across + s) * LANES
+                        )
             for lane in range(min(LANES, C - first)):
                 for r in range(R):
                     for s in range(S):

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import conv2d
+from torch.nn.utils import prune
 
 from lightning_cnn.conv import report, restore, swap
 from lightning_cnn.conv._call import NAMES
@@ -197,6 +198,18 @@ def test_unbatched_pictures_vmap_and_export_work():
     assert close(torch.func.vmap(lambda picture: model(picture[None])[0])(x), expected)
     exported = torch.export.export(restore(model), (x,))
     assert close(exported.module()(x), expected)
+
+
+@pytest.mark.parametrize("name", ["default", "fft"])
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+def test_a_parameter_that_a_hook_computes_is_the_one_that_is_used(name, parameter):
+    """Pruning leaves a mask and an original where the parameter was; the second call takes the short way where there is one."""
+    layer, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8)
+    prune.random_unstructured(layer, parameter, amount=0.5)
+    expected = layer(x)
+    swap(layer, name)
+    assert close(layer(x), expected)
+    assert close(layer(x), expected)
 
 
 @pytest.mark.parametrize("last", [False, True])

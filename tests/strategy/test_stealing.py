@@ -1,5 +1,6 @@
 """The work-stealing sampler without processes: several samplers, one store, any interleaving."""
 
+import heapq
 from datetime import timedelta
 
 import pytest
@@ -52,6 +53,38 @@ def test_the_fast_rank_takes_more():
     taken = drain(iterators, crew, [0, 0, 0, 1] * 10)
     assert len(taken[0]) == 15
     assert len(taken[1]) == 5
+
+
+def train(crew, paces, ahead):
+    """Ranks of these seconds a batch, each asking `ahead` of its training, on one clock; batches by rank, and when the last is done."""
+    iterators, taken, clock = [iter(s) for s in crew], [[] for _ in crew], []
+    for _ in range(1 + ahead):
+        for rank, iterator in enumerate(iterators):
+            taken[rank] += [batch] if (batch := next(iterator, None)) else []
+    for rank, seconds in enumerate(paces):
+        heapq.heappush(clock, (seconds, rank))
+    while clock:
+        now, rank = heapq.heappop(clock)
+        crew[rank].finished()
+        taken[rank] += [batch] if (batch := next(iterators[rank], None)) else []
+        if crew[rank]._hand:
+            heapq.heappush(clock, (now + paces[rank], rank))
+    return taken, now
+
+
+@settings(max_examples=30, deadline=None)
+@given(paces=st.lists(st.floats(0.1, 10), min_size=1, max_size=4), length=st.integers(4, 60), ahead=st.integers(0, 5))
+def test_who_asks_ahead_at_any_pace_leaves_no_sample_out(paces, length, ahead):
+    taken, _ = train(samplers(len(paces), length, 2), paces, ahead)
+    assert sorted(i for batches in taken for batch in batches for i in batch) == list(range(length))
+
+
+@pytest.mark.parametrize("ahead", [1, 8])
+def test_a_slow_rank_takes_no_batch_that_the_others_would_have_to_wait_for(ahead):
+    """3x slower: the ideal is 75 of 100 batches in 75 s; asking ahead regardless would end 3 * ahead seconds later."""
+    taken, seconds = train(samplers(2, 200, 2), [1.0, 3.0], ahead)
+    assert [len(batches) for batches in taken] == [75, 25]
+    assert seconds == 75
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
