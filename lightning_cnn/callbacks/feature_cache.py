@@ -39,7 +39,8 @@ class FeatureCache(Callback):
 
     A folder is shared by the processes of a run and reused by later runs; its sub-folders are named by a hash of the prefix's weights
     and of the data and their transform. `views` > 1 keeps that many random versions of each picture: epoch e trains on version
-    e mod views, so random augmentation costs `views` ordinary epochs. With one view random data are refused.
+    e mod views, so random augmentation costs `views` ordinary epochs. With one view random data are refused. Validation is remembered
+    beside it, in as much memory again, or runs as without this callback, and the log says why.
     """
 
     def __init__(self, *, views: int = 1, folder: str | None = None, memory_gib: float = 2.0) -> None:
