@@ -73,8 +73,9 @@ def pictures(folder: Path, trainer: L.Trainer, model: L.LightningModule, data: L
     if not trainer.is_global_zero or trainer.world_size > 1 or not classes:
         return
     counted = next((c.counts for c in vars(trainer)["callbacks"] if isinstance(c, Answers)), None)
-    counts = confusion(trainer, model, data, len(classes)) if counted is None else counted
-    plot.confusion_matrix(counts, classes).savefig(folder / "confusion_matrix.png")
+    if counted is not None or trainer.global_step:  # answers of a head that nobody trained say nothing
+        counts = confusion(trainer, model, data, len(classes)) if counted is None else counted
+        plot.confusion_matrix(counts, classes).savefig(folder / "confusion_matrix.png")
     augmentation = next((c for c in vars(trainer)["callbacks"] if type(c).__name__ == "BatchAugmentation"), None)
     if augmentation is not None:
         augmentation_grid(folder, augmentation, data)

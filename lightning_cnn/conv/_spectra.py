@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_cnn.functional.conv import fft
 
 IN_CACHE = 2**14  # floats of both factors that a thread holds at a time
-SHORTEST, LANES, PANEL = 64, 8, 4
+SHORTEST, LANES, PANEL = 128, 8, 4
 
 
 def contract(a: Tensor, b: Tensor, conjugate: str = "") -> Tensor:
