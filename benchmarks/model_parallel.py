@@ -206,12 +206,17 @@ def resident(what: str) -> float:
 # -- the two groups -------------------------------------------------------------------------------------------------------------------
 
 
+def side_by_side(jobs: list[tuple[list[str], dict[str, str]]]) -> None:
+    """Run this script once for each list of arguments, with these additions to the environment, at the same time."""
+    common = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = [subprocess.Popen([sys.executable, __file__, "--worker", *arguments], env=common | more) for arguments, more in jobs]
+    if any([worker.wait(timeout=LIMIT_S + 30) for worker in workers]):
+        raise SystemExit(f"a process failed; they were {[arguments for arguments, _ in jobs]}")
+
+
 def bubble_rows(out: Path, quick: bool) -> list[Row]:
     steps = 1 if quick else 3
-    command = [sys.executable, __file__, "--worker", "bubble", str(out), str(steps)]
-    workers = [subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "OMP_NUM_THREADS": "1"}) for rank in range(RANKS)]
-    if any([worker.wait(timeout=LIMIT_S + 30) for worker in workers]):
-        raise SystemExit("a process of the bubble group failed")
+    side_by_side([(["bubble", str(out), str(steps)], {"RANK": str(rank)}) for rank in range(RANKS)])
     found = json.loads((out / "bubble.json").read_text())
     bar = 1 / 1.25  # within 1.25x of theory
     common: dict[str, Any] = {"larger_is_better": False, "n": steps}
@@ -223,12 +228,10 @@ def bubble_rows(out: Path, quick: bool) -> list[Row]:
 
 
 def memory_rows(out: Path, quick: bool) -> list[Row]:
-    size, env = "96" if quick else "192", {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    found, runs = defaultdict(list), 1 if quick else 3
-    for which in ("alone", "Spatial", "Pipeline") * runs:
-        command = [sys.executable, __file__, "--worker", which, str(out), size]
-        subprocess.run(command, check=True, env=env, timeout=LIMIT_S)
-        for path in out.glob(f"{which}-?.json"):
+    size, found, runs = "96" if quick else "192", defaultdict(list), 1 if quick else 3
+    for which in (["alone", "Spatial"], ["Pipeline"]) * runs:  # Pipeline by itself: it cuts by measured time
+        side_by_side([([name, str(out), size], {"MALLOC_MMAP_THRESHOLD_": "65536"}) for name in which])
+        for path in [path for name in which for path in out.glob(f"{name}-?.json")]:
             found[path.stem].append(json.loads(path.read_text()))
     mib = {name: median(values) for name, values in found.items()}
     return [
