@@ -1,7 +1,8 @@
 """Validation pictures pass the frozen prefix once, too: later validations of the same fit answer with what left it then.
 
-Where that cannot be known to be the same, validation goes on as without a cache: random data, a loader that tells no indices, a step
-that runs the prefix more than once, or weights of the prefix that a callback exchanges for the validation.
+The pictures are loaded all the same, for metrics and callbacks that look at them. Where the answer cannot be known to be the same,
+validation goes on as without a cache: random data, a loader that tells no indices, a step that runs the prefix more than once, or
+weights of the prefix that a callback exchanges for the validation.
 """
 
 import logging
@@ -14,7 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_cnn.callbacks._feature_check import Check
-from lightning_cnn.callbacks._feature_lane import OFF, Entry, Lane, lane_loader, read, refusals, samples_of
+from lightning_cnn.callbacks._feature_lane import Entry, Lane, lane_loader, refusals, samples_of
 from lightning_cnn.callbacks._feature_store import FeatureStore
 from lightning_cnn.errors import ConfigurationError
 from lightning_cnn.nn.prefix import PrefixSwitch
@@ -23,12 +24,20 @@ from lightning_cnn.nn.stages import Unit
 log = logging.getLogger(__name__)
 
 
+class Watched(Lane):
+    """Loads everything, and says which samples each batch holds."""
+
+    def deliver(self, fetched: Any) -> Any:
+        self.arriving.append(Entry(torch.tensor(fetched.index), None, []))
+        return fetched.batch
+
+
 class ValidationLane:
-    """One validation loader, what its samples said, and whether that may be used in the validation that runs."""
+    """One validation loader, what the prefix said of its samples, and whether that may be used in the validation that runs."""
 
     def __init__(self, memory_bytes: int, changes: Callable[[Any], bool], place: Callable[[Any, str], Path | None]) -> None:
         self._memory, self._changes, self._place = memory_bytes, changes, place
-        self.lane: Lane | None = None
+        self.lane: Watched | None = None
         self._loader: Any = None
         self._key = ""
         self._given_up = ""
@@ -40,88 +49,87 @@ class ValidationLane:
         self._prefix: list[Unit] = []
 
     def wrapped(self, loader: Any) -> Any:
-        """The loader to validate with: `loader` itself where its batches cannot be remembered."""
+        """The loader to validate with: `loader` itself where its batches cannot be told apart."""
         reasons = refusals(loader) or (["its data are random"] if self._changes(loader) else [])
         self.lane, self._key = None, ""
         if reasons:
             log.info("FeatureCache: validation runs as without it: %s", "; ".join(reasons))
             return loader
-        self._loader, self.lane = loader, Lane(FeatureStore(1, samples_of(loader), None, self._memory))
+        self._loader, self.lane = loader, Watched(FeatureStore(1, samples_of(loader), None, self._memory))
         return lane_loader(loader, self.lane)
 
     def follow(self, prefix: list[Unit], switch: PrefixSwitch | None, key: str) -> None:
         """Validate with this prefix from now on; what another one said is forgotten."""
-        if self.lane is None:
+        self._prefix, self._switch = prefix, switch
+        if not self._active or key == self._key:
             return
-        self._switch, self._prefix = switch, prefix
-        self.lane.view.fill_(OFF if switch is None or self._given_up else 0)
-        if switch is not None and key != self._key:
-            self._key, self._unchecked = key, True
-            self.lane.restock(FeatureStore(1, self.lane.store.samples, self._place(self._loader, key), self._memory))
-            if bool(self.lane.store.seen.any()):
-                self.lane.learn(read(self._loader, [0], 0))
+        self._key, self._unchecked = key, True
+        lane = self._need_lane()
+        try:
+            lane.restock(FeatureStore(1, lane.store.samples, self._place(self._loader, key), self._memory))
+        except ConfigurationError as error:  # data that cannot be told from others in a folder
+            self._give_up(str(error))
 
     def begins(self, module: LightningModule) -> None:
         self._first, self._recorded = True, 0
-        if self.lane is not None and self._active and self._unchecked and not bool(self.lane.store.seen.any()):
+        if self._active and self._unchecked and not bool(self._need_lane().store.seen.any()):
             self._check = Check(module, self._prefix, self._need_switch())
 
-    def to_device(self, batch: Any, own: Callable[[Any], Any], name: Callable[[], str]) -> Any:
-        """`own` moves a batch; `name` hashes the weights as they are in this validation."""
+    def arrives(self, name: Callable[[], str]) -> None:
+        """A batch is on its way; `name` hashes the weights as they are in this validation."""
         if self.lane is None or not self.lane.arriving:
-            return own(batch)
+            return
         entry = self.lane.arriving.popleft()
-        if self._first:
+        if self._first and self._active:
             self._first, self._stale = False, name() != self._key
-        if self._stale or self._given_up:
-            return own(batch if entry.features is None else read(self._loader, entry.index.tolist(), 0))
-        self.lane.stepping.append(entry)
-        return own(batch)
+        if self._active and not self._stale:
+            self.lane.stepping.append(entry)
 
     def batch_begins(self, device: torch.device) -> None:
-        if self.lane is None or not self.lane.stepping:
+        if not self._active or not self._need_lane().stepping:
             return
-        entry, switch = self.lane.stepping.popleft(), self._need_switch()
+        store, switch, entry = self._need_lane().store, self._need_switch(), self._need_lane().stepping.popleft()
         self._recorded = 0
-        if entry.features is not None:
-            switch.features = entry.features.to(device, non_blocking=True)
+        if bool(store.seen[0, entry.index].all()):
+            (features,) = store.read(0, entry.index)
+            switch.features = features.to(device, non_blocking=True)
         else:
             switch.record = lambda output: self._keep(entry, output)
 
     def batch_ends(self) -> None:
-        if self.lane is None or not self._active:
+        if not self._active:
             return
         switch = self._need_switch()
         if switch.record is not None and self._recorded != 1:
             self._give_up(f"a step ran the prefix {self._recorded} times")
         switch.features = switch.record = None
 
-    def ends(self, loaders: Any) -> None:
-        """Loader workers cost more than they bring once nothing is loaded."""
+    def ends(self) -> None:
         if self._check is not None:
             self._check.remove()
             self._check, self._unchecked = None, False
-        if self.lane is not None and self._active and bool(self.lane.store.seen.all()):
-            loaders.flattened[0].num_workers = 0
 
     @property
     def _active(self) -> bool:
-        return self.lane is not None and int(self.lane.view) != OFF
+        return self.lane is not None and self._switch is not None and not self._given_up
 
     def _keep(self, entry: Entry, output: Tensor) -> None:
         self._recorded += 1
-        if self._recorded == 1 and self.lane is not None:
+        if self._recorded == 1:
             try:
-                self.lane.store.write(0, entry.index, [output, *entry.rest])
+                self._need_lane().store.write(0, entry.index, [output])
             except ConfigurationError as error:  # too much for memory
                 self._give_up(str(error))
 
     def _give_up(self, reason: str) -> None:
         self._given_up = reason
         log.info("FeatureCache: validation goes on as without it: %s", reason)
-        if self.lane is not None:
-            self.lane.store.seen.zero_()
+        self._need_lane().store.seen.zero_()
+
+    def _need_lane(self) -> Watched:
+        assert self.lane is not None  # whoever asks is active
+        return self.lane
 
     def _need_switch(self) -> PrefixSwitch:
-        assert self._switch is not None  # the view is OFF without
+        assert self._switch is not None
         return self._switch

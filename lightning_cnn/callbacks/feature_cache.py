@@ -12,7 +12,6 @@ import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,7 @@ class FeatureCache(Callback):
         self._validation.batch_ends()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validation.ends(trainer.fit_loop.epoch_loop.val_loop._combined_loader)
+        self._validation.ends()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._lane is not None:
@@ -200,8 +199,7 @@ class FeatureCache(Callback):
 
     def _to_device(self, trainer: Trainer, batch: Any, device: torch.device | None, dataloader_idx: int) -> Any:
         if trainer.validating:
-            own = partial(self._transfer, device=device, dataloader_idx=dataloader_idx)
-            return self._validation.to_device(batch, own, lambda: _name(trainer.lightning_module, self._prefix))
+            self._validation.arrives(lambda: _name(trainer.lightning_module, self._prefix))
         lane = self._need_lane()
         if not trainer.training or not lane.arriving:
             return self._transfer(batch, device=device, dataloader_idx=dataloader_idx)
