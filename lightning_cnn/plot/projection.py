@@ -16,11 +16,11 @@ def projection(points: np.ndarray, labels: np.ndarray, names: Sequence[str], *, 
     made, (axes,) = figure(7.0, 6.0)
     present = [label for label in range(len(names)) if (labels == label).any()]
     places = _apart([np.median(points[labels == label], 0) for label in present], np.ptp(points, 0) * NAME)
-    for label, place in zip(present, places, strict=True):
+    for label, (x, y) in zip(present, places, strict=True):
         mine = points[labels == label]
         colour = COLOURS[label % len(COLOURS)]
         axes.scatter(*mine.T, s=10, color=colour, marker=MARKS[label // len(COLOURS) % len(MARKS)], alpha=0.7, lw=0)
-        text = axes.text(*place, names[label], fontsize=10, weight="bold", ha="center", va="center", color="black")
+        text = axes.text(x, y, names[label], fontsize=10, weight="bold", ha="center", va="center", color="black")
         text.set_bbox({"facecolor": "white", "alpha": 0.75, "pad": 1.5, "edgecolor": colour})
     axes.set_xticks([])
     axes.set_yticks([])
