@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._autograd import _profiler_enabled
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lightning_cnn.conv import _tuner
@@ -53,7 +54,9 @@ class SwappedConv2d(nn.Conv2d):
         batched = input if input.dim() == 4 else input[None]
         padded, padding = self._padded(batched)
         keep = not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
-        y = (compute if keep and _direct() else convolve)("forward", padded, weight, bias, [], self.stride, padding, self.dilation, self.groups, self._plan, keep)
+        y = (compute if keep and _direct() else convolve)(
+            "forward", padded, weight, bias, [], self.stride, padding, self.dilation, self.groups, self._plan, keep
+        )
         return y if input.dim() == 4 else y[0]
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -189,7 +192,7 @@ def _plain(*tensors: Tensor) -> bool:
 
 def _direct() -> bool:
     """Nobody looks at the operators that run, so the call need not go through one."""
-    return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None and not torch.autograd._profiler_enabled()
+    return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None and not _profiler_enabled()
 
 
 def _problems(algorithm: Choice) -> list[str]:

@@ -111,7 +111,9 @@ def depthwise_weight(x, g, gw, top, left, stride_h, stride_w, dilation_h, dilati
                 for r in range(R):
                     for s in range(0, across, LANES):
                         at = (r * dilation_h * width + s * dilation_w) * LANES
-                        _correlate(gradient, source, at, Ho, Wo, stride_h * width * LANES, stride_w, dilation_w, sums, (r * across + s) * LANES)
+                        _correlate(
+                            gradient, source, at, Ho, Wo, stride_h * width * LANES, stride_w, dilation_w, sums, (r * across + s) * LANES
+                        )
             for lane in range(min(LANES, C - first)):
                 for r in range(R):
                     for s in range(S):
