@@ -1,22 +1,28 @@
 """Stochastic rounding: time of a step, and bytes a parameter, ours and the peers' interleaved in one run.
 
-python benchmarks/precision.py [--quick] [--json FILE]
+python benchmarks/precision.py [--quick] [--only optimizer|step] [--json FILE]
 
+`step` times whole training steps of ResNet-18 through a Trainer, in which gradients and activations are rounded too.
 Freed memory is kept (mallopt), so that no row pays for fresh pages.
 """
 
 import argparse
 import ctypes
 import sys
+import time
 from collections.abc import Callable
+from statistics import median
 from types import SimpleNamespace
 
+import lightning as L
 import torch
 from _bench import Row, compare, interleave, medians, missing, report, seconds
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_cnn.functional.rounding import as_format, formula, round_stochastic
-from lightning_cnn.precision import StochasticRounding
+from lightning_cnn.model import Classifier
+from lightning_cnn.precision import BinaryNet, FixedPoint, LowBit, StochasticRounding
 
 SIZE = (512, 512, 3, 3)  # one convolution of ResNet's last stage: 2.36 M weights
 LR, BETA1, BETA2, EPS, DECAY = 1e-3, 0.9, 0.999, 1e-8, 0.01
@@ -161,14 +167,58 @@ def rows(n: int) -> list[Row]:
     return result
 
 
+class Clock(L.Callback):
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def step_time(plugin: object, steps: int) -> float:
+    """Median milliseconds of a training step, the first two left out."""
+    clock, batch = Clock(), (torch.randn(8, 3, 64, 64), torch.arange(8))
+    trainer = L.Trainer(
+        max_steps=steps + 2, accelerator="cpu", callbacks=[clock], plugins=[plugin] if plugin else [], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Classifier(architecture="resnet18", optimizer="sgd"), DataLoader([batch] * (steps + 2), batch_size=None))
+    return 1e3 * median(clock.seconds[2:])
+
+
+def steps(n: int) -> list[Row]:
+    plugins = {
+        "float32": lambda: None,
+        "FixedPoint <6,10>, everything": FixedPoint,
+        "FixedPoint <6,10>, weights and updates": lambda: FixedPoint(of=("weights", "updates")),
+        "StochasticRounding bf16": StochasticRounding,
+        "BinaryNet": BinaryNet,
+        "LowBit, 4 bits": lambda: LowBit(weights=4, activations=4),
+    }
+    timed = medians(interleave({name: lambda make=make: step_time(make(), n) for name, make in plugins.items()}, 3))
+    peer = "the same step in float32"
+    mine = [name for name in plugins if name != "float32"]
+    return [
+        compare(f"step of ResNet-18, 8x64px: {name}", peer, timed[name], timed["float32"], "ms", larger_is_better=False, n=3 * n)
+        for name in mine
+    ]
+
+
+GROUPS = {"optimizer": rows, "step": steps}
+
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--quick", action="store_true")
     arguments.add_argument("--json")
+    arguments.add_argument("--only", nargs="*", default=[*GROUPS], choices=[*GROUPS])
     options = arguments.parse_args()
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
     torch.manual_seed(0)
-    report(rows(5 if options.quick else 40), options.json)
+    n = {"optimizer": 5 if options.quick else 40, "step": 2 if options.quick else 5}
+    report([row for name in options.only for row in GROUPS[name](n[name])], options.json)

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_cnn.app import _check, _checkpoint
+from lightning_cnn.app import _check, _checkpoint, _report
 from lightning_cnn.checkpoint import load
 from lightning_cnn.errors import LightningCNNError, raise_all
 
@@ -62,7 +62,7 @@ def restored(config: DictConfig, data: L.LightningDataModule) -> L.LightningModu
 
 def trainer(config: DictConfig, folder: Path, **changes: Any) -> L.Trainer:
     """The Trainer with the menu's callbacks, strategy, precision and checkpoint plugins; logs to `metrics.csv` and TensorBoard in `folder`."""
-    callbacks = [built(node) for node in config.callbacks.values() if node]
+    callbacks = [*(built(node) for node in config.callbacks.values() if node), _report.Answers()]
     arguments = {key: value for key, value in config.trainer.items() if key != "_target_" and value is not None}
     if config.get("strategy"):
         arguments["strategy"] = built(config.strategy)

@@ -54,9 +54,8 @@ class SwappedConv2d(nn.Conv2d):
         batched = input if input.dim() == 4 else input[None]
         padded, padding = self._padded(batched)
         keep = not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
-        y = (compute if keep and _direct() else convolve)(
-            "forward", padded, weight, bias, [], self.stride, padding, self.dilation, self.groups, self._plan, keep
-        )
+        run = compute if keep and _direct() else convolve
+        y = run("forward", padded, weight, bias, [], self.stride, padding, self.dilation, self.groups, self._plan, keep)
         return y if input.dim() == 4 else y[0]
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -96,11 +96,12 @@ class Classifier(L.LightningModule):
         self.log("train_loss", loss, batch_size=len(image))
         return loss
 
-    def validation_step(self, batch, batch_index: int) -> None:
-        self._evaluate(batch, "val", self.val_accuracy)
+    def validation_step(self, batch, batch_index: int) -> Tensor:
+        """Logits (b k), for callbacks that look at the answers."""
+        return self._evaluate(batch, "val", self.val_accuracy)
 
-    def test_step(self, batch, batch_index: int) -> None:
-        self._evaluate(batch, "test", self.test_accuracy)
+    def test_step(self, batch, batch_index: int) -> Tensor:
+        return self._evaluate(batch, "test", self.test_accuracy)
 
     def predict_step(self, batch, batch_index: int) -> Tensor:
         """Log probabilities (b k)."""
@@ -121,12 +122,13 @@ class Classifier(L.LightningModule):
             scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=max(2, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _evaluate(self, batch, stage: str, accuracy: MulticlassAccuracy) -> None:
+    def _evaluate(self, batch, stage: str, accuracy: MulticlassAccuracy) -> Tensor:
         image, label = batch
         logits = self(image)
         accuracy(logits, label)
         self.log(f"{stage}_loss", F.cross_entropy(logits, label), batch_size=len(image), prog_bar=stage == "val", sync_dist=True)
         self.log(f"{stage}_accuracy", accuracy, batch_size=len(image), prog_bar=stage == "val")
+        return logits
 
     @property
     def _takes_three_channels(self) -> bool:

@@ -1,11 +1,16 @@
 """Work-stealing batches: whoever is free takes the next one, so a slow worker takes fewer and nobody waits.
 
-Every rank owns its first batch of an epoch (so that every rank has one) and claims the others from a counter in the job's store. The
-ledger of an epoch is three things there: `next` (the counter), `done` (batch numbers, appended after training on them) and one key for
-each batch in somebody's hands. A dead worker's batches are those that are not done and whose owner is dead, or that nobody claimed; who
-runs out of work takes them over, in the same epoch or at the end of the next. Order is a function of (seed, epoch).
+Every rank owns its first batch of an epoch (so that every rank has one) and claims the others from a counter in the job's store. Loaders
+ask ahead (Lightning by one batch, worker processes by more), so towards the end of an epoch a slow rank would sit on batches that others
+wait for: a rank takes no more where the others will be done with all that is left sooner than it with one more.
+
+The ledger of an epoch is in the store: `next` (the counter), `done` (batch numbers, appended after training on them), `count` (how many
+those are), `left` (ranks that take no more) and one key for each batch in somebody's hands. A dead worker's batches are those that are
+not done and whose owner is dead, or that nobody claimed; who runs out of work takes them over, in the same epoch or at the end of the
+next. Order is a function of (seed, epoch).
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +31,8 @@ class _Epoch:
     ledger: str
     batches: dict[int, list[int]]
     before: frozenset[int]  # batch numbers done before a resume
+    mine: int = 0  # batches that this rank has finished
+    ours: int = 0  # and all ranks, as far as this one knows
 
 
 class StealingSampler(Sampler[list[int]]):
@@ -69,7 +76,7 @@ class StealingSampler(Sampler[list[int]]):
         self._hand.clear()
         self._stopped = False
         if self.team.rank == 0 and self._visits >= 3:
-            for key in ("next", "done"):
+            for key in ("next", "done", "count", "left"):
                 self.team.store.delete_key(f"{self.name}/{self._visits - 3}/{key}")
         self._visits += 1
         return self._claims(self._epochs[-1])
@@ -80,6 +87,7 @@ class StealingSampler(Sampler[list[int]]):
             epoch, number = self._hand.popleft()
             self.team.store.append(f"{epoch.ledger}/done", f"{number},")
             self.team.store.delete_key(f"{epoch.ledger}/{number}")
+            epoch.mine, epoch.ours = epoch.mine + 1, self.team.store.add(f"{epoch.ledger}/count", 1)
 
     def stop(self) -> None:
         """Hand out no more batches in this epoch."""
@@ -112,6 +120,8 @@ class StealingSampler(Sampler[list[int]]):
         while position < len(numbers) and not self._stopped:
             if self._claim(epoch, numbers[position], holder=""):
                 yield epoch.batches[numbers[position]]
+            if self._left_to_others(epoch):
+                break
             position = self.team.size + self.team.store.add(f"{epoch.ledger}/next", 1) - 1
         for late in list(self._epochs) if self.team.lost and not self._stopped else []:
             for number in sorted(set(late.batches) - self._done(late)):
@@ -119,6 +129,15 @@ class StealingSampler(Sampler[list[int]]):
                 holder = self.team.store.get(key).decode() if self.team.store.check([key]) else ""
                 if (not holder or int(holder) in self.team.lost) and self._claim(late, number, holder):
                     yield late.batches[number]
+
+    def _left_to_others(self, epoch: _Epoch) -> bool:
+        """Whether this rank takes no more in this epoch. Pace is what each has finished in this and the last one; one rank stays."""
+        others, held = self.team.size - 1 - len(self.team.lost), len(self._hand)
+        mine = 1 + sum(e.mine for e in self._epochs)
+        theirs = others + sum(e.ours - e.mine for e in self._epochs)
+        if others < 1 or not sooner(len(epoch.batches) - epoch.ours - held, others, theirs / others, held + 1, mine):
+            return False
+        return self.team.store.add(f"{epoch.ledger}/left", 1) <= others
 
     def _claim(self, epoch: _Epoch, number: int, holder: str) -> bool:
         me, key = str(self.team.rank), f"{epoch.ledger}/{number}"
@@ -193,6 +212,15 @@ def reloaded(loader: DataLoader, sampler: Sampler[list[int]]) -> DataLoader:
         generator=loader.generator,
         **workers,
     )
+
+
+def sooner(left: int, others: int, their_pace: float, mine: int, my_pace: float) -> bool:
+    """Whether `others` are done with `left` batches, each at their pace, before one rank with `mine` at its own.
+
+    >>> sooner(left=3, others=1, their_pace=3.0, mine=2, my_pace=1.0), sooner(left=9, others=1, their_pace=3.0, mine=2, my_pace=1.0)
+    (True, False)
+    """
+    return math.ceil(left / others) / their_pace < mine / my_pace
 
 
 def plan(order: Sequence[int], batch_size: int, total: int, done: frozenset[int], ranks: int) -> dict[int, list[int]]:

@@ -1,5 +1,6 @@
 """The work-stealing sampler without processes: several samplers, one store, any interleaving."""
 
+import heapq
 from datetime import timedelta
 
 import pytest
@@ -54,6 +55,38 @@ def test_the_fast_rank_takes_more():
     assert len(taken[1]) == 5
 
 
+def train(crew, paces, ahead):
+    """Ranks of these seconds a batch, each asking `ahead` of its training, on one clock; batches by rank, and when the last is done."""
+    iterators, taken, clock = [iter(s) for s in crew], [[] for _ in crew], []
+    for _ in range(1 + ahead):
+        for rank, iterator in enumerate(iterators):
+            taken[rank] += [batch] if (batch := next(iterator, None)) else []
+    for rank, seconds in enumerate(paces):
+        heapq.heappush(clock, (seconds, rank))
+    while clock:
+        now, rank = heapq.heappop(clock)
+        crew[rank].finished()
+        taken[rank] += [batch] if (batch := next(iterators[rank], None)) else []
+        if crew[rank]._hand:
+            heapq.heappush(clock, (now + paces[rank], rank))
+    return taken, now
+
+
+@settings(max_examples=30, deadline=None)
+@given(paces=st.lists(st.floats(0.1, 10), min_size=1, max_size=4), length=st.integers(4, 60), ahead=st.integers(0, 5))
+def test_who_asks_ahead_at_any_pace_leaves_no_sample_out(paces, length, ahead):
+    taken, _ = train(samplers(len(paces), length, 2), paces, ahead)
+    assert sorted(i for batches in taken for batch in batches for i in batch) == list(range(length))
+
+
+@pytest.mark.parametrize("ahead", [1, 8])
+def test_a_slow_rank_takes_no_batch_that_the_others_would_have_to_wait_for(ahead):
+    """3x slower: the ideal is 75 of 100 batches in 75 s; asking ahead regardless would end 3 * ahead seconds later."""
+    taken, seconds = train(samplers(2, 200, 2), [1.0, 3.0], ahead)
+    assert [len(batches) for batches in taken] == [75, 25]
+    assert seconds == 75
+
+
 def test_the_order_is_a_function_of_seed_and_epoch():
     first, again, other = (next(iter(samplers(1, epoch=e)[0])) for e in (0, 0, 1))
     assert first == again != other
@@ -96,6 +129,23 @@ def test_a_batch_lost_at_the_end_of_an_epoch_comes_back_in_the_next():
         crew[0].finished()
     assert len(second) == 5
     assert held in second
+
+
+def test_what_a_slow_rank_left_to_one_who_then_dies_comes_back_in_the_next_epoch():
+    crew = samplers(2, length=40, batch_size=2)
+    slow, fast = (iter(s) for s in crew)
+    next(slow)
+    for _ in range(15):
+        next(fast)
+        crew[1].finished()
+    crew[0].finished()
+    assert next(slow, None) is None
+    crew[0].team.lost.append(1)
+    second = []
+    for batch in crew[0]:
+        second.append(batch)
+        crew[0].finished()
+    assert len(second) == 20 + 4
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
