@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._autograd import _profiler_enabled
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lightning_cnn.conv import _tuner
@@ -190,7 +191,7 @@ def _plain(*tensors: Tensor) -> bool:
 
 def _direct() -> bool:
     """Nobody looks at the operators that run, so the call need not go through one."""
-    return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None and not torch.autograd._profiler_enabled()
+    return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None and not _profiler_enabled()
 
 
 def _problems(algorithm: Choice) -> list[str]:
