@@ -60,6 +60,26 @@ def torchvision_v2(folder: Path) -> Iterator[int]:
     return endless(lambda: (len(label) for _, label in loader))
 
 
+def image_folders(folder: Path) -> Iterator[int]:
+    """Ours."""
+    from lightning_cnn.data import ImageFolders
+
+    data = ImageFolders(root=str(folder / "jpegs"), size_px=SIZE, batch_size=BATCH, num_workers=WORKERS)
+    data.setup()
+    loader = data.train_dataloader()
+    return endless(lambda: (len(batch.label) for batch in loader))
+
+
+def image_folder(folder: Path) -> Iterator[int]:
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    resize = v2.Compose([v2.Resize(SIZE, antialias=True), v2.CenterCrop(SIZE)])
+    dataset = ImageFolder(str(folder / "jpegs"), resize, loader=read)
+    loader = torch.utils.data.DataLoader(dataset, BATCH, True, num_workers=WORKERS, persistent_workers=True, drop_last=True)
+    return endless(lambda: (len(label) for _, label in loader))
+
+
 def ffcv(folder: Path, kind: str) -> Iterator[int]:
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption

@@ -207,6 +207,13 @@ def streams(folder: Path, batches: int, n: int) -> list[Row]:
     return against(STREAMS, folder, batches, n)
 
 
+def folders(folder: Path, batches: int, n: int) -> list[Row]:
+    """The folder itself, decoded anew each epoch, as a Trainer gets it and as torchvision reads it."""
+    streams = {"ours": peers.image_folders(folder), "theirs": peers.image_folder(folder)}
+    got = rates(streams, 2 * batches, n)
+    return both("ImageFolders: JPEGs to uint8 at 224 px", "torchvision ImageFolder + DataLoader", got["ours"], got["theirs"], None, n)
+
+
 def opened(folder: Path, batches: int, n: int) -> list[Row]:
     """A file of a million records, opened with all checksums of header, metadata and index."""
     from lightning_cnn.data._format import INDEX, PAGE, Packed, _header
@@ -309,7 +316,8 @@ def dali(folder: Path, batches: int, n: int) -> list[Row]:
 
 
 GROUPS = {
-    "raw": raw, "jpeg": jpeg, "files": files, "streams": streams, "gather": gather, "small": small, "opened": opened, "fresh": fresh,
+    "raw": raw, "jpeg": jpeg, "files": files, "folders": folders,
+    "streams": streams, "gather": gather, "small": small, "opened": opened, "fresh": fresh,
     "dali": dali,
 }  # fmt: skip
 

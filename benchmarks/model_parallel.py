@@ -7,8 +7,9 @@ Two gloo processes of one thread each.
 bubble: sleeps stand in for arithmetic (50 ms forward a process and micro-batch, 50 for the gradient of the input, 50 for the weights'), so
 that processes are equally fast on any machine. What every stage takes is timed in the same steps: idle is the share of a step in which a
 process does none of it, mean of both. Theory is (p - 1) / (m + p - 1) for gpipe and 1f1b; for the others it is the engine's own table of
-actions, played with the times just measured and messages that cost nothing. Where theory leaves next to no idle time (zb), a quotient of
-idle times says how small the smaller one is; "step" is what a user waits for: a whole step beside one with no idle time but theory's.
+actions, played with what each of them took in the same step and messages that cost nothing. Where theory leaves next to no idle time (zb),
+a quotient of idle times says how small the smaller one is; "step" is what a user waits for: a whole step beside one with no idle time but
+theory's.
 
 memory: highest resident size of a process in the second step of training a ResNet-18 (GroupNorm, AdamW, 8 pictures of 192 pixels), above
 that of the same process before the model was made, median of three runs. glibc is told to return freed memory, so that this is what is
@@ -40,7 +41,7 @@ from torch import nn
 from lightning_cnn.strategy._stages import SCHEDULES, Runner
 
 RANKS, WORK_S, LIMIT_S = 2, 0.05, 85
-Costs = dict[tuple[str, int], float]  # (F, B: backward, I and W: of the input and the weights alone; stage) -> seconds a micro-batch
+Costs = dict[tuple[str, int, int], float]  # (F, B: backward, I and W: of input and weights alone; stage; micro-batch) -> seconds
 
 
 # -- bubble ---------------------------------------------------------------------------------------------------------------------------
@@ -74,18 +75,18 @@ class Timed:
     """Times what a rank's stages compute."""
 
     def __init__(self, runner: Runner) -> None:
-        self.seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
+        self.seconds: Costs = {}
         for stage in getattr(runner.schedule, "_stages", None) or [runner.schedule._stage]:
             for method in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
                 setattr(stage, method, self._timed(method, stage.stage_index, getattr(stage, method)))
 
     def _timed(self, method: str, stage: int, compute: Callable) -> Callable:
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        def timed(micro: int, *args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
-            result = compute(*args, **kwargs)
+            result = compute(micro, *args, **kwargs)
             full = kwargs.get("full_backward", True)
             kind = {"forward_one_chunk": "F", "backward_one_chunk": "B" if full else "I"}.get(method, "W")
-            self.seconds[kind, stage].append(time.perf_counter() - start)
+            self.seconds[kind, stage, micro] = time.perf_counter() - start
             return result
 
         return timed
@@ -93,18 +94,18 @@ class Timed:
 
 def ideal(name: str, runner: Runner, costs: Costs) -> tuple[float, float]:
     """The idle share that the schedule itself cannot avoid, and the seconds of a step with no other."""
+    work_s = sum(costs.values()) / RANKS
     if SCHEDULES[name][1] == 1:
         share = (RANKS - 1) / (runner.micro_batches + RANKS - 1)
-        return share, runner.micro_batches * sum(costs.values()) / RANKS / (1 - share)
+        return share, work_s / (1 - share)
     queues = {
         rank: [
             (a.computation_type.value, a.stage_index, a.microbatch_index) for a in actions if a and a.computation_type.value in "FBIW"
         ]
         for rank, actions in runner.schedule.pipeline_order.items()
     }
-    work = [sum(costs[kind, stage] for kind, stage, _ in queue) for queue in queues.values()]
     step_s = play(queues, costs)
-    return 1 - fmean(work) / step_s, step_s
+    return 1 - work_s / step_s, step_s
 
 
 def play(queues: dict[int, list[tuple[str, int, int]]], costs: Costs) -> float:
@@ -120,7 +121,7 @@ def play(queues: dict[int, list[tuple[str, int, int]]], costs: Costs) -> float:
                 if 0 <= source[1] < stages and (*source, micro) not in ends:
                     break
                 queue.pop(0)
-                clocks[rank] = max(clocks[rank], ends.get((*source, micro), 0.0)) + costs[kind, stage]
+                clocks[rank] = max(clocks[rank], ends.get((*source, micro), 0.0)) + costs[kind, stage, micro]
                 ends["back" if kind in "BI" else kind, stage, micro] = clocks[rank]
         if len(ends) == before:
             raise RuntimeError(f"the table of actions waits for itself at {[queue[0] for queue in queues.values() if queue]}")
@@ -143,24 +144,19 @@ def idle(name: str, micro_batches: int, steps: int) -> tuple[float, ...]:
     stages: list[nn.Module] = [Stage(WORK_S / each) for _ in range(RANKS * each)]
     pictures = torch.randn(micro_batches, 8)
     runner = Runner(stages, pictures, name, micro_batches, torch.device("cpu"), nullcontext, lambda answer, rows: answer.sum())
-    timed, shares, walls = Timed(runner), [], []
-    for step in range(steps + 1):
-        done = {key: len(values) for key, values in timed.seconds.items()}
+    timed, rounds = Timed(runner), []
+    for _ in range(steps + 1):  # the first one meets the other process, and fills caches
         dist.barrier()
         start = time.perf_counter()
         runner.train(pictures)
-        wall = time.perf_counter() - start
-        computed = sum(sum(values[done.get(key, 0) :]) for key, values in timed.seconds.items())
-        if step:  # the first one meets the other process, and fills caches
-            shares.append(1 - computed / wall)
-            walls.append(wall)
-        else:
-            timed.seconds.clear()
+        rounds.append((time.perf_counter() - start, dict(timed.seconds)))
     everybody: list[Any] = [None] * RANKS
-    dist.all_gather_object(everybody, (shares, walls, {key: median(values) for key, values in timed.seconds.items()}))
-    measured = median(map(fmean, zip(*(shares for shares, _, _ in everybody), strict=True)))
-    wall = median(map(max, zip(*(walls for _, walls, _ in everybody), strict=True)))
-    return measured, wall, *ideal(name, runner, {key: value for *_, costs in everybody for key, value in costs.items()})
+    dist.all_gather_object(everybody, rounds[1:])
+    found = []
+    for both in zip(*everybody, strict=True):
+        shares = [1 - sum(costs.values()) / wall for wall, costs in both]
+        found.append((fmean(shares), max(wall for wall, _ in both), *ideal(name, runner, both[0][1] | both[1][1])))
+    return tuple(map(median, zip(*found, strict=True)))
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------------------------
@@ -210,12 +206,17 @@ def resident(what: str) -> float:
 # -- the two groups -------------------------------------------------------------------------------------------------------------------
 
 
+def side_by_side(jobs: list[tuple[list[str], dict[str, str]]]) -> None:
+    """Run this script once for each list of arguments, with these additions to the environment, at the same time."""
+    common = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = [subprocess.Popen([sys.executable, __file__, "--worker", *arguments], env=common | more) for arguments, more in jobs]
+    if any([worker.wait(timeout=LIMIT_S + 30) for worker in workers]):
+        raise SystemExit(f"a process failed; they were {[arguments for arguments, _ in jobs]}")
+
+
 def bubble_rows(out: Path, quick: bool) -> list[Row]:
     steps = 1 if quick else 3
-    command = [sys.executable, __file__, "--worker", "bubble", str(out), str(steps)]
-    workers = [subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "OMP_NUM_THREADS": "1"}) for rank in range(RANKS)]
-    if any([worker.wait(timeout=LIMIT_S + 30) for worker in workers]):
-        raise SystemExit("a process of the bubble group failed")
+    side_by_side([(["bubble", str(out), str(steps)], {"RANK": str(rank)}) for rank in range(RANKS)])
     found = json.loads((out / "bubble.json").read_text())
     bar = 1 / 1.25  # within 1.25x of theory
     common: dict[str, Any] = {"larger_is_better": False, "n": steps}
@@ -227,12 +228,10 @@ def bubble_rows(out: Path, quick: bool) -> list[Row]:
 
 
 def memory_rows(out: Path, quick: bool) -> list[Row]:
-    size, env = "96" if quick else "192", {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    found, runs = defaultdict(list), 1 if quick else 3
-    for which in ("alone", "Spatial", "Pipeline") * runs:
-        command = [sys.executable, __file__, "--worker", which, str(out), size]
-        subprocess.run(command, check=True, env=env, timeout=LIMIT_S)
-        for path in out.glob(f"{which}-?.json"):
+    size, found, runs = "96" if quick else "192", defaultdict(list), 1 if quick else 3
+    for which in (["alone", "Spatial"], ["Pipeline"]) * runs:  # Pipeline by itself: it cuts by measured time
+        side_by_side([([name, str(out), size], {"MALLOC_MMAP_THRESHOLD_": "65536"}) for name in which])
+        for path in [path for name in which for path in out.glob(f"{name}-?.json")]:
             found[path.stem].append(json.loads(path.read_text()))
     mib = {name: median(values) for name, values in found.items()}
     return [

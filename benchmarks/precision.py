@@ -179,14 +179,14 @@ class Clock(L.Callback):
 
 
 def step_time(plugin: object, steps: int) -> float:
-    """Median milliseconds of a training step, the first three left out."""
-    clock, batch = Clock(), (torch.randn(8, 3, 96, 96), torch.arange(8))
+    """Median milliseconds of a training step, the first two left out."""
+    clock, batch = Clock(), (torch.randn(8, 3, 64, 64), torch.arange(8))
     trainer = L.Trainer(
-        max_steps=steps + 3, accelerator="cpu", callbacks=[clock], plugins=[plugin] if plugin else [], logger=False,
+        max_steps=steps + 2, accelerator="cpu", callbacks=[clock], plugins=[plugin] if plugin else [], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(Classifier(architecture="resnet18", optimizer="sgd"), DataLoader([batch] * (steps + 3), batch_size=None))
-    return 1e3 * median(clock.seconds[3:])
+    trainer.fit(Classifier(architecture="resnet18", optimizer="sgd"), DataLoader([batch] * (steps + 2), batch_size=None))
+    return 1e3 * median(clock.seconds[2:])
 
 
 def steps(n: int) -> list[Row]:
@@ -202,7 +202,7 @@ def steps(n: int) -> list[Row]:
     peer = "the same step in float32"
     mine = [name for name in plugins if name != "float32"]
     return [
-        compare(f"step of ResNet-18, 8x96px: {name}", peer, timed[name], timed["float32"], "ms", larger_is_better=False, n=3 * n)
+        compare(f"step of ResNet-18, 8x64px: {name}", peer, timed[name], timed["float32"], "ms", larger_is_better=False, n=3 * n)
         for name in mine
     ]
 
@@ -220,5 +220,5 @@ if __name__ == "__main__":
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
     torch.manual_seed(0)
-    n = {"optimizer": 5 if options.quick else 40, "step": 2 if options.quick else 7}
+    n = {"optimizer": 5 if options.quick else 40, "step": 2 if options.quick else 5}
     report([row for name in options.only for row in GROUPS[name](n[name])], options.json)

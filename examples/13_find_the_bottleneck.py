@@ -1,7 +1,7 @@
 """Ask what holds training back, do what the verdict says, ask again.
 
-Result: 460 images/s from a folder of JPEGs (verdict: slow_decode), 1,063 packed once (verdict: small_batch), 3,916 in batches of 64.
-60 steps each, one run on a machine that had other work too; one thread of an AMD EPYC (Zen 3), torch 2.15.0; pictures of seed 0.
+Result: 518 images/s from a folder of JPEGs (verdict: slow_decode), 1,553 packed once (verdict: small_batch), 4,147 in batches of 64.
+60 steps each, one run; one thread of an AMD EPYC (Zen 3), torch 2.15.0; pictures of seed 0.
 Command: OMP_NUM_THREADS=1 python examples/13_find_the_bottleneck.py
 """
 

@@ -68,13 +68,14 @@ def pictures(folder: Path, trainer: L.Trainer, model: L.LightningModule, data: L
     rates = _learning_rates(folder / "metrics.csv")
     if rates:
         steps, columns = rates
-        plot.schedule(columns, steps=steps).savefig(folder / "schedule.png")
+        plot.schedule(_effective(columns, trainer), steps=steps).savefig(folder / "schedule.png")
     classes: list[str] = list(getattr(model, "classes", ()))
     if not trainer.is_global_zero or trainer.world_size > 1 or not classes:
         return
     counted = next((c.counts for c in vars(trainer)["callbacks"] if isinstance(c, Answers)), None)
-    counts = confusion(trainer, model, data, len(classes)) if counted is None else counted
-    plot.confusion_matrix(counts, classes).savefig(folder / "confusion_matrix.png")
+    if counted is not None or trainer.global_step:  # answers of a head that nobody trained say nothing
+        counts = confusion(trainer, model, data, len(classes)) if counted is None else counted
+        plot.confusion_matrix(counts, classes).savefig(folder / "confusion_matrix.png")
     augmentation = next((c for c in vars(trainer)["callbacks"] if type(c).__name__ == "BatchAugmentation"), None)
     if augmentation is not None:
         augmentation_grid(folder, augmentation, data)
@@ -109,3 +110,10 @@ def _learning_rates(path: Path) -> tuple[list[int], dict[str, list[float]]] | No
     if not names:
         return None
     return [int(row["step"]) for row in rows], {name.removeprefix("lr-"): [float(row[name] or 0) for row in rows] for name in names}
+
+
+def _effective(columns: dict[str, list[float]], trainer: L.Trainer) -> dict[str, list[float]]:
+    """Rates times the factor that `DiscriminativeLR` gives the group of that name for the duration of a step."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    factors = {group.get("name"): group.get("lr_factor", 1.0) for group in groups}
+    return {name: [rate * factors.get(name.rpartition("/")[2], 1.0) for rate in rates] for name, rates in columns.items()}

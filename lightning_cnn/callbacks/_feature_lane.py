@@ -57,6 +57,22 @@ class Lane:
         view = int(self.view)
         return view != OFF and bool(self.store.seen[view, torch.as_tensor(index)].all())
 
+    def restock(self, store: FeatureStore) -> None:
+        """Forget, and go on with what `store` holds; the tensors that loader workers see stay the same."""
+        self.store.clear()
+        self.store.columns, self.store.layout, self.store.sums, self.store.folder = (
+            store.columns,
+            store.layout,
+            store.sums,
+            store.folder,
+        )
+        self.store.seen.copy_(store.seen)
+
+    def learn(self, batch: Any) -> None:
+        """How an empty batch looks, where none has been loaded yet."""
+        if self.template is None:
+            self.template = apply_to_collection(batch, Tensor, lambda leaf: leaf[:0])
+
     def restart(self) -> None:
         self.arriving.clear()
         self.stepping.clear()
@@ -171,9 +187,7 @@ def refusals(loader: Any) -> list[str]:
     if _states_its_plan(loader):
         return []
     if not isinstance(loader, DataLoader):
-        return [
-            f"FeatureCache needs a torch DataLoader or one of this package's, and the training data come from a {type(loader).__name__}"
-        ]
+        return [f"FeatureCache needs a torch DataLoader or one of this package's, and the data come from a {type(loader).__name__}"]
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         return [f"FeatureCache needs samples with an index and automatic batching; {type(loader.dataset).__name__} streams"]
     return []

@@ -9,6 +9,7 @@ import torch
 
 Undo = Callable[[], None]
 REPEATS = 3  # timed steps after one that is not, each time
+TURNS = 6  # of two things compared call by call
 CALLS = 2 * 2 * (1 + REPEATS)  # of a step that a trial makes at most
 
 
@@ -96,18 +97,26 @@ def _tried(change: Change, least: float, device: torch.device) -> tuple[Trial, U
     return Trial(change.name, before_s, after_s), None
 
 
+def compared(before: Callable[[], object], after: Callable[[], object], device: torch.device) -> tuple[float, float, bool]:
+    """Seconds of a call of either, in turns, and whether `after` was the faster one in all turns but one at most."""
+    turns = [(timed(before, device, 1)[0], timed(after, device, 1)[0])]
+    turns += [(_clocked(before, device), _clocked(after, device)) for _ in range(TURNS - 1)]
+    before_s, after_s = (statistics.median(side) for side in zip(*turns, strict=True))
+    return before_s, after_s, sum(b > a for b, a in turns) >= TURNS - 1
+
+
 def timed(step: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> list[float]:
     """Seconds of `repeats` calls, after one that warms up."""
+    return [_clocked(step, device) for _ in range(repeats + 1)][1:]
+
+
+def _clocked(step: Callable[[], object], device: torch.device) -> float:
     wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-    seconds = []
-    for repeat in range(repeats + 1):
-        wait()
-        start = time.perf_counter()
-        step()
-        wait()
-        if repeat:
-            seconds.append(time.perf_counter() - start)
-    return seconds
+    wait()
+    start = time.perf_counter()
+    step()
+    wait()
+    return time.perf_counter() - start
 
 
 def _time(seconds: float) -> str:

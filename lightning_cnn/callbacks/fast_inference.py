@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_cnn.callbacks import _changes
 from lightning_cnn.callbacks._forward import unwrap, wrap
-from lightning_cnn.callbacks._trials import CALLS, Allowance, Change, Trial, Undo, choose, timed
+from lightning_cnn.callbacks._trials import CALLS, Allowance, Change, Trial, Undo, choose, compared, timed
 from lightning_cnn.callbacks.evaluation_report import EvaluationReport
 from lightning_cnn.callbacks.marginalize import Marginalize
 from lightning_cnn.callbacks.snapshot_ensemble import SnapshotEnsemble
@@ -55,7 +55,7 @@ class FastInference(Callback):
         *,
         switches: Sequence[str] = SWITCHES[:-1],
         module: str | None = None,
-        least: float = 1.03,
+        least: float = 1.01,
         max_error: float = 0.01,
         trial_share: float = 0.1,
     ) -> None:
@@ -141,11 +141,11 @@ class FastInference(Callback):
         try:
             made, run = _made(name, network, best)
             error = _difference(run(*inputs), reference)
-            before, after = (min(timed(lambda f=f: f(*inputs), device)) for f in (best, run))
+            before, after, steady = compared(lambda: best(*inputs), lambda: run(*inputs), device)
         except (LightningCNNError, RuntimeError) as failure:
             self.trials.append(Trial(name, note=f"cannot be used: {str(failure).splitlines()[0]}"))
             return best, network
-        kept = before >= self.least * after and error <= self.max_error
+        kept = steady and before >= self.least * after and error <= self.max_error
         self.trials.append(Trial(name, before, after, kept, f"is off by {error:.1e}" if error > self.max_error else ""))
         if not kept:
             return best, network

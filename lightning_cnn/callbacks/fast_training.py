@@ -75,12 +75,16 @@ class FastTraining(Callback):
             ) from error
         ahead_s = call_s * _batches_ahead(trainer)
         changes = list(self._changes(trainer, pl_module, step, ahead_s))
-        if self._decided is None:
+        resumed = self._decided is not None
+        if not resumed:
             trials, self._kept = choose(changes, self.least, pl_module.device, Allowance(ahead_s, self.trial_share), call_s)
             self.trials += trials
             self._decided = trainer.strategy.broadcast(list(self._kept))
         self._agree(trainer, pl_module, step)
-        log.info("FastTraining: %s.", "; ".join(map(str, self.trials)) or f"as before: {', '.join(self._kept) or 'nothing'}")
+        if not trainer.is_global_zero:
+            return  # it does as rank 0 has decided, whatever its own trials said
+        as_before = f"as the checkpoint says: {', '.join(self._kept) or 'nothing'}"
+        log.info("FastTraining: %s.", as_before if resumed else "; ".join(map(str, self.trials)))
         if not self._kept:
             tried = "; ".join(map(str, self.trials)) or "it was given no switch"
             warnings.warn(f"FastTraining changed nothing: {tried}.", NoEffectWarning, stacklevel=2)

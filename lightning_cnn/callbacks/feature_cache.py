@@ -24,6 +24,7 @@ from torch import Tensor
 from lightning_cnn.callbacks._feature_check import Check
 from lightning_cnn.callbacks._feature_lane import OFF, Entry, Lane, dataset_of, lane_loader, read, refusals, samples_of
 from lightning_cnn.callbacks._feature_store import FeatureStore, data_key, weights_key
+from lightning_cnn.callbacks._feature_validation import ValidationLane
 from lightning_cnn.callbacks._sharded import sharded_problems
 from lightning_cnn.errors import ConfigurationError, DataError, UnsupportedLayerError, raise_all
 from lightning_cnn.nn.prefix import PrefixSwitch, frozen_prefix
@@ -37,7 +38,8 @@ class FeatureCache(Callback):
 
     A folder is shared by the processes of a run and reused by later runs; its sub-folders are named by a hash of the prefix's weights
     and of the data and their transform. `views` > 1 keeps that many random versions of each picture: epoch e trains on version
-    e mod views, so random augmentation costs `views` ordinary epochs. With one view random data are refused.
+    e mod views, so random augmentation costs `views` ordinary epochs. With one view random data are refused. Validation is remembered
+    beside it, in as much memory again, or runs as without this callback, and the log says why.
     """
 
     def __init__(self, *, views: int = 1, folder: str | None = None, memory_gib: float = 2.0) -> None:
@@ -51,6 +53,9 @@ class FeatureCache(Callback):
         self._check: Check | None = None
         self._workers = 0
         self._recorded = 0
+        self._key = ""
+        self._sources: list[Any] = []
+        self._validation = ValidationLane(0, _changes, self._place)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -62,7 +67,11 @@ class FeatureCache(Callback):
         source: Any = trainer.fit_loop._data_source
         given = source.dataloader
         vars(source)["dataloader"] = lambda: self._wrapped(given())
-        self._source = source
+        validated: Any = trainer.fit_loop.epoch_loop.val_loop._data_source
+        given_to_validate = validated.dataloader
+        self._validation = ValidationLane(int(self.memory_gib * 2**30), _changes, self._place)
+        vars(validated)["dataloader"] = lambda: self._validation.wrapped(given_to_validate())
+        self._sources = [source, validated]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._chain = units(pl_module)
@@ -77,6 +86,7 @@ class FeatureCache(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         lane, loader = self._need_lane(), trainer.fit_loop._combined_loader.flattened[0]  # pyright: ignore[reportOptionalMemberAccess]
         self._follow(trainer, pl_module, loader)
+        self._validation.follow(self._prefix, self._switch, self._key)
         if self._switch is None:
             lane.view.fill_(OFF)
             return
@@ -110,6 +120,18 @@ class FeatureCache(Callback):
         switch.features = switch.record = None
         if self._check is not None and self._check.done:
             self._check = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation.begins(pl_module)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+        self._validation.batch_begins(trainer.strategy.root_device)
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        self._validation.batch_ends()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation.ends()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._lane is not None:
@@ -146,8 +168,7 @@ class FeatureCache(Callback):
         same = [unit.name for unit in prefix] == [unit.name for unit in self._prefix]
         if same and self._switch is not None and versions == self._versions:
             return
-        # The whole architecture, since what is behind the prefix was checked with it.
-        key = weights_key(f"{prefix[-1].name} {pl_module}", [unit.module for unit in prefix])
+        key = _name(pl_module, prefix)
         if not (same and self._switch is not None and key == self._key):
             self._enter(pl_module, prefix, key, loader)
         self._versions, self._key = versions, key
@@ -155,20 +176,19 @@ class FeatureCache(Callback):
     def _enter(self, pl_module: LightningModule, prefix: list[Unit], key: str, loader: Any) -> None:
         self._leave()
         lane = self._need_lane()
-        folder = Path(self.folder) / f"{key}-{data_key(dataset_of(self._loader), _some(self._loader))}" if self.folder else None
-        store = FeatureStore(self.views, lane.store.samples, folder, self._memory)
-        lane.store.clear()
-        lane.store.columns, lane.store.layout, lane.store.sums = store.columns, store.layout, store.sums
-        lane.store.folder = folder
-        lane.store.seen.copy_(store.seen)
-        if lane.template is None and bool(store.seen.any()):
-            lane.template = _first_template(self._loader)
+        store = FeatureStore(self.views, lane.store.samples, self._place(self._loader, key), self._memory)
+        lane.restock(store)
+        if bool(store.seen.any()):
+            lane.learn(_first(self._loader))
         self._prefix, self._switch = prefix, PrefixSwitch(prefix)
         self._check = Check(pl_module, prefix, self._switch)
         log.info(
             "FeatureCache: '%s' to '%s' runs once a sample and view; %d of %d stored before",
             prefix[0].name, prefix[-1].name, int(store.seen.sum()), store.seen.numel(),
         )  # fmt: skip
+
+    def _place(self, loader: Any, key: str) -> Path | None:
+        return Path(self.folder) / f"{key}-{data_key(dataset_of(loader), _some(loader))}" if self.folder else None
 
     def _leave(self) -> None:
         if self._check is not None:
@@ -178,6 +198,8 @@ class FeatureCache(Callback):
         self._check = self._switch = None
 
     def _to_device(self, trainer: Trainer, batch: Any, device: torch.device | None, dataloader_idx: int) -> Any:
+        if trainer.validating:
+            self._validation.arrives(lambda: _name(trainer.lightning_module, self._prefix))
         lane = self._need_lane()
         if not trainer.training or not lane.arriving:
             return self._transfer(batch, device=device, dataloader_idx=dataloader_idx)
@@ -217,21 +239,30 @@ class FeatureCache(Callback):
 
     def _undo(self, trainer: Trainer) -> None:
         self._leave()
-        if hasattr(self, "_source"):
-            vars(self._source).pop("dataloader", None)
-            del self._source
+        for source in self._sources:
+            vars(source).pop("dataloader", None)
+        self._sources = []
         installed = vars(trainer.strategy)
         if installed.get("batch_to_device") is getattr(self, "_ours", self):
             del installed["batch_to_device"]
             if self._had_transfer is not None:
                 installed["batch_to_device"] = self._had_transfer
         self._lane, self._chain, self._prefix, self._ours = None, [], [], self
+        self._validation = ValidationLane(0, _changes, self._place)
+
+
+def _name(module: LightningModule, prefix: list[Unit]) -> str:
+    """A hash of the prefix's weights and the whole architecture, since what is behind the prefix was checked with it."""
+    return weights_key(f"{prefix[-1].name} {module}", [unit.module for unit in prefix])
+
+
+def _changes(loader: Any) -> bool:
+    """Load a few samples twice under different randomness, and leave no trace in any generator."""
+    return not _equal(_some(loader), _some(loader, 1))
 
 
 def _refuse_random_data(loader: Any) -> None:
-    """Load a few samples twice under different randomness, and leave no trace in any generator."""
-    first, second = _some(loader), _some(loader, 1)
-    if not _equal(first, second):
+    if _changes(loader):
         raise ConfigurationError(
             "the training data are transformed at random, so there is no one feature vector a picture: give views=k for k fixed "
             "versions of each, or a deterministic transform."
@@ -245,10 +276,9 @@ def _some(loader: Any, shift: int = 0) -> list[Tensor]:
     return tensors
 
 
-def _first_template(loader: Any) -> Any:
+def _first(loader: Any) -> Any:
     with _other_randomness():
-        batch = read(loader, [0], 0)
-    return apply_to_collection(batch, Tensor, lambda leaf: leaf[:0])
+        return read(loader, [0], 0)
 
 
 def _equal(a: Any, b: Any) -> bool:

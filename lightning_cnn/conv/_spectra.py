@@ -4,10 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_cnn.conv._call import Call, nbytes
 from lightning_cnn.functional.conv import fft
+from lightning_cnn.functional.conv.geometry import Pair
 
 IN_CACHE = 2**14  # floats of both factors that a thread holds at a time
-SHORTEST, LANES, PANEL = 64, 8, 4
+SHORTEST, LANES, PANEL = 128, 8, 4
 
 
 def contract(a: Tensor, b: Tensor, conjugate: str = "") -> Tensor:
@@ -25,6 +27,20 @@ def contract(a: Tensor, b: Tensor, conjugate: str = "") -> Tensor:
     left, right, product = (_blocks(each, block) for each in (a, b, out))
     kernel(left, right, product, sign_a, sign_b, threads.use(torch.get_num_threads()))
     return out
+
+
+def workspace(call: Call, pictures: int, frequencies: Pair) -> int:
+    """Bytes at the peak of a call: spectra of `pictures` planes and of the filters, which may be kept, and what they are made of.
+
+    The filters' planes are filled with zeros some at a time; of their gradient, all taps come back at once.
+    """
+    (high, wide), filters = frequencies, call.weight[0] * call.weight[1]
+    at_once = min(call.weight[0], fft.filters_at_once(call.weight[1], frequencies)) * call.weight[1]
+    filled, spectra = pictures + (filters if call.role == "weight" else at_once), pictures + filters
+    if call.role != "weight" and at_once < filters:
+        spectra += at_once  # They are copied to their place
+    double = torch.float64 if call.dtype == torch.float64 else torch.float32
+    return nbytes((spectra, high, wide // 2 + 1, 2), (filled, high, wide), dtype=double)
 
 
 def _blocks(spectra: Tensor, block: int) -> np.ndarray:

@@ -3,10 +3,10 @@
 Source: Mathieu, Henaff & LeCun 2013, arXiv:1312.5851.
 """
 
-import torch
 from torch import Tensor
 
-from lightning_cnn.conv._call import Call, nbytes, with_bias
+from lightning_cnn.conv import _spectra
+from lightning_cnn.conv._call import Call, with_bias
 from lightning_cnn.conv._spectra import contract
 from lightning_cnn.conv._transformed import transformed
 from lightning_cnn.functional.conv import fft
@@ -17,10 +17,7 @@ def refuses(call: Call) -> str:
 
 
 def workspace(call: Call) -> int:
-    high, wide = fft.transform_size(call.size, call.geometry)
-    planes = call.x[0] * call.x[1] + call.weight[0] * call.weight[1] + call.x[0] * call.weight[0]
-    double = torch.float64 if call.dtype == torch.float64 else torch.float32
-    return nbytes((planes, high, wide // 2 + 1, 2), (planes, high, wide), dtype=double)
+    return _spectra.workspace(call, call.x[0] * (call.x[1] + call.weight[0]), fft.transform_size(call.size, call.geometry))
 
 
 def compute(call: Call, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,10 +3,10 @@
 Source: Highlander & Rodriguez 2016, arXiv:1601.06815.
 """
 
-import torch
 from torch import Tensor
 
-from lightning_cnn.conv._call import Call, nbytes, with_bias
+from lightning_cnn.conv import _spectra
+from lightning_cnn.conv._call import Call, with_bias
 from lightning_cnn.conv._spectra import contract
 from lightning_cnn.conv._transformed import transformed
 from lightning_cnn.functional.conv import fft_tiled
@@ -22,9 +22,7 @@ def workspace(call: Call) -> int:
         return workspace(call.as_forward())
     reach, tile = span(call.kernel, call.geometry.dilation), _tile(call)
     tiles = -(-call.y[2] // (tile - reach[0] + 1)) * -(-call.y[3] // (tile - reach[1] + 1))
-    planes = (call.x[0] * call.x[1] + call.x[0] * call.weight[0]) * tiles + call.weight[0] * call.weight[1]
-    double = torch.float64 if call.dtype == torch.float64 else torch.float32
-    return nbytes((planes, tile, tile // 2 + 1, 2), (planes, tile, tile), dtype=double)
+    return _spectra.workspace(call, call.x[0] * (call.x[1] + call.weight[0]) * tiles, (tile, tile))
 
 
 def compute(call: Call, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

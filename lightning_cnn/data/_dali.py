@@ -120,17 +120,18 @@ class DALILoader(CountedLoader):
         dali = _dali()
         fn, types = dali.fn, dali.types
         augment, accelerated = self._augment, self._device_id is not None
-        if self._stored.encoded:
-            image = fn.decoders.image(stored, device="mixed" if accelerated else "cpu", output_type=types.DALIImageType.RGB)
+        decoder = {"device": "mixed" if accelerated else "cpu", "output_type": types.DALIImageType.RGB}
+        if self._stored.encoded and augment.crop != "padded":  # only what the crop shows is decoded
+            image = fn.decoders.image_slice(stored, start, shape, axes=[0, 1], **decoder)
         else:
-            image = stored.gpu() if accelerated else stored
-        image = fn.slice(image, start, shape, axes=[0, 1], out_of_bounds_policy="pad", fill_values=[0])
+            whole = fn.decoders.image(stored, **decoder) if self._stored.encoded else stored.gpu() if accelerated else stored
+            image = fn.slice(whole, start, shape, axes=[0, 1], out_of_bounds_policy="pad", fill_values=[0])
         if augment.crop != "padded":
             linear = types.DALIInterpType.INTERP_LINEAR
             image = fn.resize(image, size=[augment.size] * 2, interp_type=linear, antialias=True, dtype=types.DALIDataType.FLOAT)
-        whole = augment.dtype == torch.uint8
-        mean, std = ([0.0], [1.0]) if whole else ([255 * v for v in augment.mean], [255 * v for v in augment.std])
-        dtype = types.DALIDataType.UINT8 if whole else types.DALIDataType.FLOAT
+        levels = augment.dtype == torch.uint8
+        mean, std = ([0.0], [1.0]) if levels else ([255 * v for v in augment.mean], [255 * v for v in augment.std])
+        dtype = types.DALIDataType.UINT8 if levels else types.DALIDataType.FLOAT
         return fn.crop_mirror_normalize(image, mirror=flip, mean=mean, std=std, dtype=dtype, output_layout="HWC")
 
     def _inputs(self, epoch: int, drawn: np.ndarray) -> tuple[list[np.ndarray], ...]:

@@ -69,7 +69,7 @@ class ImageFolders(L.LightningDataModule):
         root, names = Path(self.root), self.classes
         if (root / "train").is_dir():
             train = _listed(root / "train", names)
-            held_out = next((_listed(root / name, names) for name in ("val", "valid", "test") if (root / name).is_dir()), None)
+            held_out = next((_listed(root / name, names) for name in ("val", "valid") if (root / name).is_dir()), None)
             train, validation = (train, held_out) if held_out else self._held_out(train)
         else:
             train, validation = self._held_out(_listed(root, names))

@@ -31,8 +31,10 @@ def contract(a, b, out, sign_a, sign_b, workers):
     """
     groups, rows, terms, blocks, entries = a.shape
     columns, vectors = b.shape[1], entries // LANES
+    # A vector more than needed between planes of frequencies: at distances of 2048 bytes they would push each other out of the cache
+    left_plane, right_plane = (rows * terms + 1) * LANES, (PANEL * terms + 1) * LANES
     for worker in prange(workers):
-        left, right = np.empty(rows * terms * entries, np.float32), np.empty(PANEL * terms * entries, np.float32)
+        left, right = np.empty(vectors * left_plane, np.float32), np.empty(vectors * right_plane, np.float32)
         spare = np.empty(PANEL * LANES, np.float32)
         for piece in range(worker * groups * blocks // workers, (worker + 1) * groups * blocks // workers):
             g, block = piece // blocks, piece % blocks
@@ -40,7 +42,7 @@ def contract(a, b, out, sign_a, sign_b, workers):
                 for r in range(terms):
                     start = _offset(a, g, i, r, block)
                     for v in range(vectors):
-                        copy_8(a, start + v * LANES, left, ((v * rows + i) * terms + r) * LANES)
+                        copy_8(a, start + v * LANES, left, v * left_plane + (i * terms + r) * LANES)
             for first in range(0, columns, PANEL):
                 here = min(PANEL, columns - first)
                 for j in range(PANEL):
@@ -48,11 +50,11 @@ def contract(a, b, out, sign_a, sign_b, workers):
                         # A panel that hangs over the edge reads the last row again, and keeps nothing of it
                         start = _offset(b, g, min(first + j, columns - 1), r, block)
                         for v in range(vectors):
-                            copy_8(b, start + v * LANES, right, ((v * terms + r) * PANEL + j) * LANES)
+                            copy_8(b, start + v * LANES, right, v * right_plane + (r * PANEL + j) * LANES)
                 for v in range(vectors):
                     for i in range(rows):
                         at, column = _offset(out, g, i, first, block) + v * LANES, out.strides[2] // 4
-                        a_at, b_at = (v * rows + i) * terms * LANES, v * terms * PANEL * LANES
+                        a_at, b_at = v * left_plane + i * terms * LANES, v * right_plane
                         if here == PANEL:
                             multiply_spectra(left, a_at, right, b_at, out, at, column, terms, sign_a, sign_b)
                         else:

@@ -85,6 +85,12 @@ class Divided(Watched, DDPStrategy):
         assert self.lightning_module is not None
         _sync_module_states(self.lightning_module)
 
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """From all copies, which have seen different pictures; with one copy the tensor itself, as in one process."""
+        if group is not None and group is not dist.group.WORLD:
+            return super().all_gather(tensor, group, sync_grads)
+        return tensor if self.data_parallel == 1 else super().all_gather(tensor, self._peers, sync_grads)
+
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Every process of a copy has the number of the copy's whole batch already."""
         return tensor if self.data_parallel == 1 else super().reduce(tensor, self._peers, reduce_op)

@@ -67,12 +67,11 @@ class Runner:
         rows, padded = self._padded(picture)
         answer = self.schedule.step(*((padded,) if self.first else ()), **({"target": rows, "losses": losses} if self.last else {}))
         total = torch.stack(losses).detach().sum().double() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
-        dist.broadcast(total, group=self.group, group_src=self.speaker)
-        return self._told(answer, len(picture)), float(total)
+        return self._told(answer, total, len(picture))
 
     def evaluate(self, picture: Tensor) -> Tensor:
         answer = self.schedule.eval(*((self._padded(picture)[1],) if self.first else ()))
-        return self._told(answer, len(picture))
+        return self._told(answer, torch.zeros((), dtype=torch.float64, device=self.device), len(picture))[0]
 
     def _padded(self, picture: Tensor) -> tuple[Tensor, Tensor]:
         """Row numbers and pictures, filled up to equal micro-batches with copies of the last picture, whose answers are not used."""
@@ -80,12 +79,14 @@ class Runner:
         rows = torch.arange(len(picture) + missing, device=picture.device)
         return rows, torch.cat([picture, picture[-1:].expand(missing, *picture.shape[1:])]) if missing else picture
 
-    def _told(self, answer: Tensor | None, count: int) -> Tensor:
+    def _told(self, answer: Tensor | None, total: Tensor, count: int) -> tuple[Tensor, float]:
+        """What the last stage knows, in one message to all: a message costs more than what it carries."""
         like = self.answer_like
         shape = (len(like) * self.micro_batches, *like.shape[1:])
         told = answer.detach().contiguous() if answer is not None else like.new_empty(shape)
-        dist.broadcast(told, group=self.group, group_src=self.speaker)
-        return told[:count]
+        message = torch.cat([total.view(1).view(torch.uint8), told.flatten().view(torch.uint8)])
+        dist.broadcast(message, group=self.group, group_src=self.speaker)
+        return message[8:].view(like.dtype).view(shape)[:count], float(message[:8].view(torch.float64))
 
 
 class _InContext(nn.Module):

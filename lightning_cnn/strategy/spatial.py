@@ -9,7 +9,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_cnn.errors import NoEffectWarning, raise_all
-from lightning_cnn.strategy._band import Band, divide, whole
+from lightning_cnn.strategy import _channels, _windows  # noqa: F401  they fill the band's rules
+from lightning_cnn.strategy._band import Band, whole, wrap
 from lightning_cnn.strategy._divided import Divided
 from lightning_cnn.strategy._doctor import Diagnosis, batch_norms
 from lightning_cnn.strategy._grid import Grid
@@ -93,3 +94,12 @@ class Spatial(Divided):
             put_together = ", ".join(sorted(self._grid.gathered)) or "nothing"
             log.info("Spatial: %dx%d processes; pictures were put together before: %s", self.height, self.width, put_together)
         super().teardown()
+
+
+def divide(picture: Tensor, grid: Grid) -> Tensor:
+    """This device's part of pictures that every device has; too small ones stay as they are."""
+    extent = (picture.shape[2], picture.shape[3])
+    if not grid.fits(extent):
+        return picture
+    own = grid.own(extent)
+    return wrap(picture[..., slice(*own.rows), slice(*own.columns)].clone(), grid, extent)

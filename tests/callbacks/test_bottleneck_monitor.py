@@ -122,7 +122,13 @@ class Small(Net):
 @pytest.mark.parametrize("name", PLANTED)
 def test_it_names_the_planted_bottleneck_first(name, own_time):
     monitor, _ = PLANTED[name]()
-    assert [finding.name for finding in monitor.report.findings][:1] == [name], str(monitor.report)
+    found = [finding.name for finding in monitor.report.findings]
+    assert found[:1] == [name] and set(found) & set(PLANTED) == {name}, str(monitor.report)
+
+
+def test_nothing_planted_nothing_named(own_time):
+    monitor, _ = fitted()
+    assert not {finding.name for finding in monitor.report.findings} & {*PLANTED, "unpinned_copy"}, str(monitor.report)
 
 
 class Event:

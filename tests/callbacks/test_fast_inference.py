@@ -1,6 +1,5 @@
 """A faster copy answers, agrees with the network, and is gone afterwards."""
 
-import itertools
 import math
 
 import pytest
@@ -53,10 +52,9 @@ def predicted(callback, model, *more):
 
 @pytest.fixture
 def folding_pays(monkeypatch):
-    seconds = itertools.cycle([2.0, 1.0])  # the network, and its folded copy
-    monkeypatch.setattr(
-        "lightning_cnn.callbacks.fast_inference.timed", lambda run, device, repeats=3: [1.0 if repeats == 1 else next(seconds)]
-    )
+    place = "lightning_cnn.callbacks.fast_inference."
+    monkeypatch.setattr(f"{place}timed", lambda run, device, repeats: [1.0])
+    monkeypatch.setattr(f"{place}compared", lambda before, after, device: (2.0, 1.0, True))
 
 
 def test_a_folded_copy_answers_and_the_network_stays(folding_pays):
@@ -142,6 +140,13 @@ def test_two_batches_are_too_few_for_any_trial():
     with pytest.warns(NoEffectWarning, match="is over 10% of the .* ahead"):
         predicted(callback, model)
     assert ["not tried" in str(trial) for trial in callback.trials] == [True, True]
+
+
+@pytest.mark.parametrize(("after", "steady"), [([0.9] * 6, True), ([0.9] * 5 + [9.0], True), ([0.9] * 4 + [9.0, 9.0], False)])
+def test_a_copy_must_be_faster_turn_by_turn_and_not_by_one_lucky_one(monkeypatch, after, steady):
+    seconds = {"before": iter([5.0] + [1.0] * 6), "after": iter([5.0, *after])}  # the first of each warms up
+    monkeypatch.setattr(_trials, "_clocked", lambda step, device: next(seconds[step]))
+    assert _trials.compared("before", "after", torch.device("cpu")) == (1.0, 0.9, steady)
 
 
 def test_memory_is_kept_from_the_first_batch_to_the_end(monkeypatch, folding_pays):

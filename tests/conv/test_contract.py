@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import textwrap
+import unittest.mock
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import conv2d
+from torch.nn.utils import prune
 
-from lightning_cnn.conv import report, restore, swap
+from lightning_cnn.conv import _swap, report, restore, swap
 from lightning_cnn.conv._call import NAMES
 from lightning_cnn.conv._operator import convolve
 from lightning_cnn.errors import ConfigurationError, NoEffectWarning
@@ -199,6 +201,18 @@ def test_unbatched_pictures_vmap_and_export_work():
     assert close(exported.module()(x), expected)
 
 
+@pytest.mark.parametrize("name", ["default", "fft"])
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+def test_a_parameter_that_a_hook_computes_is_the_one_that_is_used(name, parameter):
+    """Pruning leaves a mask and an original where the parameter was; the second call takes the short way where there is one."""
+    layer, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8)
+    prune.random_unstructured(layer, parameter, amount=0.5)
+    expected = layer(x)
+    swap(layer, name)
+    assert close(layer(x), expected)
+    assert close(layer(x), expected)
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_the_memory_format_is_that_of_the_stock_layer(last):
     x = torch.randn(2, 3, 16, 16)
@@ -236,6 +250,22 @@ def test_a_flop_counter_still_sees_the_convolutions():
 
     model = nn.Sequential(nn.Conv2d(3, 8, 5, 2, 2), nn.Conv2d(8, 4, 3, padding=1))  # Torch miscounts groups in the backward pass
     assert flops(model) == flops(swap(model, "fft"))
+
+
+def test_without_gradients_a_way_is_called_directly_unless_somebody_watches():
+    """The dispatcher costs a small layer more than its arithmetic, and only counters and profilers look at what goes through it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer, x = swap(nn.Conv2d(3, 8, 5), "fft"), torch.randn(2, 3, 16, 16)
+    expected = layer(x).detach()
+    with torch.no_grad(), unittest.mock.patch.object(_swap, "convolve", side_effect=AssertionError("through the dispatcher")):
+        assert torch.equal(layer(x), expected)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * expected.numel() * 3 * 5 * 5
+    with torch.no_grad(), torch.profiler.profile() as profiler:
+        layer(x)
+    assert "lightning_cnn::convolve" in {event.key for event in profiler.key_averages()}
 
 
 @pytest.mark.parametrize("name", ["winograd4", "winograd2", "fft", "fft_tiled"])

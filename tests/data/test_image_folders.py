@@ -47,6 +47,15 @@ def test_train_val_and_test_folders_are_taken_as_they_are(tmp_path):
     assert [len(part) for part in (data.train, data.validation, data.test)] == [6, 4, 2]
 
 
+def test_pictures_to_test_on_are_never_validated_on(tmp_path):
+    for part, count in (("train", 10), ("test", 2)):
+        for name in ("a", "b"):
+            paint(tmp_path / part / name, count)
+    data = ready(tmp_path, val_fraction=0.2)
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [16, 4, 4]
+    assert {path for path, _ in data.validation.files}.isdisjoint(path for path, _ in data.test.files)
+
+
 def test_an_epoch_delivers_every_picture_once_as_uint8(tmp_path):
     paint(tmp_path / "a", 5, value=10)
     paint(tmp_path / "b", 5, value=200)

@@ -25,6 +25,13 @@ def test_a_projection_names_each_class():
     assert [text.get_text() for text in figure.axes[0].texts] == ["cat", "dog"]
 
 
+def test_names_of_classes_in_one_place_are_all_readable():
+    points = np.array([[0.0, 0.0], [10.0, 10.0], [5.0, 5.0], [5.1, 5.0], [5.0, 5.1]])
+    names = plot.projection(points, np.arange(5), ["a", "b", "cat", "dog", "bird"]).axes[0].texts
+    heights = sorted(text.get_position()[1] for text in names)
+    assert min(np.diff(heights)) > 0.4
+
+
 def test_a_range_test_marks_its_suggestion():
     figure = plot.lr_range([1e-4, 1e-3, 1e-2], [2.0, 1.0, 3.0], suggestion=1e-3)
     assert figure.axes[0].get_xscale() == "log"

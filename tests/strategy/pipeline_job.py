@@ -50,7 +50,7 @@ class Net(LightningModule):
         self.log("test_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
 
     def predict_step(self, batch, batch_idx):
-        return self.net(batch[0]).softmax(-1)
+        return self.all_gather(self.net(batch[0]).softmax(-1))  # nothing to add: everybody has seen the same pictures
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=0.01)

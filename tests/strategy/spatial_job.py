@@ -19,8 +19,9 @@ from torchvision.models import mobilenet_v3_small, resnet18, squeezenet1_1
 
 from lightning_cnn.functional.spatial import Interval
 from lightning_cnn.nn.networks import resnet20
-from lightning_cnn.strategy._band import divide, whole
+from lightning_cnn.strategy._band import whole
 from lightning_cnn.strategy._grid import Grid, Rectangle
+from lightning_cnn.strategy.spatial import divide
 
 GRIDS = [(2, 1), (2, 2), (3, 1)]
 torch.set_num_threads(1)
@@ -107,6 +108,7 @@ CASES = {
     "local response norm": lambda: nn.Sequential(c(), nn.LocalResponseNorm(3), c(4)),
     "pads": lambda: nn.Sequential(c(), nn.ZeroPad2d((1, 2, 0, 3)), nn.ReflectionPad2d((2, 1, 1, 2)), nn.ConstantPad2d(-2, 0), c(4)),
     "slices": lambda: Fn(lambda x, a, b: b(a(x)[:, :3, ::2, 1:-1]), c(), c()),
+    "its length": lambda: Fn(lambda x, a, b: b(a(x) / len(x)), c(), c(4)),
     "squeeze and excitation": lambda: Fn(excite, c(), nn.Conv2d(4, 4, 1)),
     "in place": lambda: Fn(inplace, c(), c()),
     "branches": lambda: Fn(branches, c(), c()),

@@ -37,7 +37,7 @@ def test_a_divided_picture_equals_a_whole_one(found, grid):
 
 
 @pytest.mark.parametrize(
-    "case", ["resnet18", "resnet20 with sliced shortcuts", "squeezenet", "mobilenet_v3", "conv reflect", "slices", "pads"]
+    "case", ["resnet18", "resnet20 with sliced shortcuts", "squeezenet", "mobilenet_v3", "conv reflect", "slices", "pads", "its length"]
 )
 def test_whole_networks_stay_divided(found, case):
     assert found["2x1-0"][case]["put together"] == []

@@ -131,6 +131,23 @@ def test_a_batch_lost_at_the_end_of_an_epoch_comes_back_in_the_next():
     assert held in second
 
 
+def test_what_a_slow_rank_left_to_one_who_then_dies_comes_back_in_the_next_epoch():
+    crew = samplers(2, length=40, batch_size=2)
+    slow, fast = (iter(s) for s in crew)
+    next(slow)
+    for _ in range(15):
+        next(fast)
+        crew[1].finished()
+    crew[0].finished()
+    assert next(slow, None) is None
+    crew[0].team.lost.append(1)
+    second = []
+    for batch in crew[0]:
+        second.append(batch)
+        crew[0].finished()
+    assert len(second) == 20 + 4
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_resume_in_mid_epoch_hands_out_the_rest_to_any_number_of_ranks(ranks):
     crew = samplers(2)

@@ -57,6 +57,7 @@ class Options:
     save_best: bool = False
     save_on_exception: bool = False
     afterwards: bool = False
+    gather: bool = False
     loader: str = "torch"
     resume: str = ""
     trainer: dict = field(default_factory=dict)
@@ -106,6 +107,7 @@ class Classifier(LightningModule):
         self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
         self.accuracy = MulticlassAccuracy(3, average="micro")
         self.values: list[float] = []
+        self.gathered: list[list[int]] = []
 
     def training_step(self, batch, batch_idx):
         x, y, index = (*batch, batch.index) if isinstance(batch, Batch) else batch
@@ -121,6 +123,8 @@ class Classifier(LightningModule):
             os.kill(os.getpid(), signal.SIGTERM)
         loss = F.cross_entropy(self.net(x), y)
         self.log("train_loss", loss, on_step=False, on_epoch=True)
+        if o.gather:
+            self.gathered.append(sorted(self.all_gather(index).flatten().tolist()))
         return loss
 
     def validation_step(self, batch, batch_idx):
@@ -215,6 +219,7 @@ def attempt(options: Options, name: str) -> None:
         facts |= {
             "weights": digest(module),
             "seen": module.seen,
+            "gathered": module.gathered,
             "lrs": module.lrs,
             "plain": not any(isinstance(p, DTensor) for p in module.parameters()),
             "values": module.values,

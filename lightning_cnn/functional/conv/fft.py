@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_cnn.functional.conv.geometry import PLAIN, Geometry, Pair, fast_size, output_size, span, spread
 
+FILLED = 2**22  # pixels of filters that are filled with zeros at a time
 Contract = Callable[[Tensor, Tensor, str], Tensor]
 
 
@@ -80,7 +81,23 @@ def weight_gradient(
 
 def transform(weight: Float[Tensor, "k c_g r s"], size: Pair, geometry: Geometry) -> Complex[Tensor, "k c_g fh fw"]:
     """The filters' spectrum for pictures of `size`."""
-    return _rfft(spread(weight, geometry.dilation), transform_size(size, geometry))
+    return spectrum(weight, transform_size(size, geometry), geometry)
+
+
+def spectrum(weight: Float[Tensor, "k c_g r s"], frequencies: Pair, geometry: Geometry) -> Complex[Tensor, "k c_g fh fw"]:
+    """The filters' spectrum, some filters at a time: filled with zeros to a picture's size, all together would take as much again."""
+    at_once = filters_at_once(weight.shape[1], frequencies)
+    if at_once >= len(weight):
+        return _rfft(spread(weight, geometry.dilation), frequencies)
+    kind = torch.complex128 if weight.dtype == torch.float64 else torch.complex64
+    W = torch.empty((*weight.shape[:2], frequencies[0], frequencies[1] // 2 + 1), dtype=kind, device=weight.device)
+    for filters, out in zip(weight.split(at_once), W.split(at_once), strict=True):
+        out.copy_(_rfft(spread(filters, geometry.dilation), frequencies))
+    return W
+
+
+def filters_at_once(channels: int, frequencies: Pair) -> int:
+    return max(1, FILLED // (channels * frequencies[0] * frequencies[1]))
 
 
 def transform_size(size: Pair, geometry: Geometry) -> Pair:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_cnn.functional.conv import fft
 from lightning_cnn.functional.conv.fft import Contract, contract
-from lightning_cnn.functional.conv.geometry import PLAIN, Geometry, Pair, gradient_as_forward, output_size, span, spread, tile_size
+from lightning_cnn.functional.conv.geometry import PLAIN, Geometry, Pair, gradient_as_forward, output_size, span, tile_size
 
 
 def forward(
@@ -71,7 +71,7 @@ def weight_gradient(
 
 def transform(weight: Float[Tensor, "k c_g r s"], tile: int, geometry: Geometry) -> Complex[Tensor, "k c_g t tf"]:
     """The filters' spectrum on a tile."""
-    return fft._rfft(spread(weight, geometry.dilation), (tile, tile))
+    return fft.spectrum(weight, (tile, tile), geometry)
 
 
 def _tiles(x: Tensor, size: Pair, fresh: Pair, tile: int, geometry: Geometry) -> Tensor:
