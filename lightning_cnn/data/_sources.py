@@ -46,12 +46,19 @@ class Source(Protocol):
     def fingerprint(self) -> str: ...
 
 
+SPLITS = {"train", "val", "valid", "test"}
+
+
 class FolderSource:
     """`root/<class>/**/picture`, classes and pictures in sorted order."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        if self.classes and not set(self.classes) - SPLITS:
+            raise DataError(
+                f"{root} holds {' and '.join(self.classes)}, which are no classes. Give each by itself: {root / self.classes[0]}."
+            )
         self._files = [
             (file, label)
             for label, name in enumerate(self.classes)

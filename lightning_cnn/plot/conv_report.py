@@ -27,8 +27,10 @@ def conv_report(rows: Sequence[Any]) -> Figure:
             axes.text(1e3 * row.seconds * row.speedup, place, f" {row.speedup:.1f}x", va="center", fontsize=7)
     axes.set_yticks(range(len(timed)), [f"{row.layer} {row.role}" for row in timed], fontsize=7)
     axes.invert_yaxis()
+    axes.margins(x=0.08)
     axes.set_xlabel("milliseconds (outline: default)")
     used = dict.fromkeys(row.algorithm for row in timed)
     if used:
-        axes.legend(handles=[Patch(color=colours.get(name, "black"), label=name) for name in used], loc="lower right", fontsize=8)
+        handles = [Patch(color=colours.get(name, "black"), label=name) for name in used]
+        axes.legend(handles=handles, frameon=False, fontsize=8, ncols=len(used), loc="lower left", bbox_to_anchor=(0, 1))
     return made

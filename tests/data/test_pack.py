@@ -159,6 +159,10 @@ def test_what_cannot_work_is_refused_before_anything_is_read(folder, tmp_path, m
         packed("nowhere", tmp_path / "x.pack")
     with pytest.raises(DataError, match="no pictures found"):
         packed(folder / "ant", tmp_path / "x.pack")
+    (tmp_path / "both" / "train").mkdir(parents=True)
+    (tmp_path / "both" / "val").mkdir()
+    with pytest.raises(DataError, match=r"both holds train and val, which are no classes. Give each by itself: .*both.train"):
+        packed(tmp_path / "both", tmp_path / "x.pack")
     packed(folder, tmp_path / "x.pack")
     with pytest.raises(DataError, match=r"x\.pack: exists already.*overwrite=True"):
         packed(folder, tmp_path / "x.pack")
