@@ -59,7 +59,7 @@ def _pool(x, batch, height, width, channels, affine, out, kernel_h, kernel_w, st
             place, to = x + ((n * height + top) * width + left) * pitch, out + (task * columns + column) * pitch
             for c in range(0, pitch - 63, 64):
                 _largest_16(place + c, bottom - top, right - left, width * pitch, pitch, affine + c, offset + c, to + c)
-            for c in range(pitch - pitch % 32, pitch, 4):
+            for c in range(pitch - pitch % 64, pitch, 4):
                 _largest_1(place + c, bottom - top, right - left, width * pitch, pitch, affine + c, offset + c, to + c)
 
 
