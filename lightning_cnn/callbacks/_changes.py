@@ -19,14 +19,6 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
 
 
-def bf16_units(device: torch.device) -> bool:
-    """Whether bfloat16 products have hardware here; without, they are emulated and slow."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    found = (getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return device.type == "cpu" and any(found)
-
-
 def channels_last(module: nn.Module) -> Undo:
     """Weights of convolutions in NHWC; convolutions hand that layout on from the first one. The values stay."""
     given = [(p, p.data) for p in module.parameters() if p.dim() == 4]

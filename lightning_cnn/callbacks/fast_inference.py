@@ -22,6 +22,7 @@ from lightning_cnn.callbacks.marginalize import Marginalize
 from lightning_cnn.callbacks.snapshot_ensemble import SnapshotEnsemble
 from lightning_cnn.callbacks.temperature_scaling import TemperatureScaling
 from lightning_cnn.errors import ConfigurationError, LightningCNNError, NoEffectWarning, raise_all
+from lightning_cnn.functional.roofline import bf16_units
 from lightning_cnn.nn.low_bit import LowBitConv2d
 from lightning_cnn.nn.pack import pack
 from lightning_cnn.nn.reparameterize import reparameterize
@@ -200,7 +201,7 @@ def _unfit(name: str, network: Any, device: torch.device) -> str:
         return "is for CPUs and glibc"
     if name == "packed" and not any(isinstance(m, LowBitConv2d) for m in network.modules()):
         return "needs 1-bit layers"
-    if name == "autocast" and not _changes.bf16_units(device):
+    if name == "autocast" and not bf16_units(device):
         return "has no bfloat16 units here"
     return ""
 

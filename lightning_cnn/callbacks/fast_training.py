@@ -16,6 +16,7 @@ from lightning_cnn.callbacks import _changes
 from lightning_cnn.callbacks._trials import Allowance, Change, Trial, Undo, choose, timed
 from lightning_cnn.errors import ConfigurationError, NoEffectWarning, raise_all
 from lightning_cnn.functional.batch import image_key, read
+from lightning_cnn.functional.roofline import bf16_units
 
 log = logging.getLogger(__name__)
 SWITCHES = ("memory", "channels_last", "benchmark", "tf32", "autocast", "fused", "compile", "graphs")
@@ -138,7 +139,7 @@ class FastTraining(Callback):
             return "comes too late: DDP has laid out its buckets"
         if name == "autocast" and not _changes.plain_precision(trainer):
             return "is left to the precision you chose"
-        if name == "autocast" and device.type == "cpu" and not _changes.bf16_units(device):
+        if name == "autocast" and device.type == "cpu" and not bf16_units(device):
             return "has no units on this CPU"
         if name == "fused" and not all(map(_changes.can_be_fused, trainer.optimizers)) and self._decided is None:
             return "is not offered by this optimizer, or was set by you"
@@ -174,6 +175,6 @@ def _applied(name: str, trainer: Trainer, pl_module: LightningModule) -> Undo:
         torch.set_float32_matmul_precision("high")
         return lambda: torch.set_float32_matmul_precision(before)
     if name == "autocast":
-        half = torch.bfloat16 if _changes.bf16_units(pl_module.device) else torch.float16
+        half = torch.bfloat16 if bf16_units(pl_module.device) else torch.float16
         return _changes.autocast(trainer, half)
     return _changes.compiled(_changes.parts(pl_module), "reduce-overhead" if name == "graphs" else None)

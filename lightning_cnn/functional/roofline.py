@@ -37,6 +37,14 @@ def roofline(device: torch.device | str = "cpu", dtype: torch.dtype = torch.floa
     return _measured(torch.device(device), dtype, torch.get_num_threads())
 
 
+def bf16_units(device: torch.device) -> bool:
+    """Whether bfloat16 products have hardware here; without, they are emulated and slow."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    found = (getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return device.type == "cpu" and any(found)
+
+
 @cache
 def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> Roofline:
     size = 4096 if device.type == "cuda" else 512

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_cnn.errors import NoEffectWarning, raise_all
+from lightning_cnn.functional.roofline import bf16_units
 from lightning_cnn.functional.rounding import FLOATS, as_format, round_nearest
 from lightning_cnn.precision import _fused, _shadow, _states
 from lightning_cnn.precision._layers import NORMS
@@ -76,6 +77,13 @@ class StochasticRounding(Precision):
             for optimizer in optimizers
             if isinstance(optimizer, torch.optim.LBFGS)
         )
+        device = next((parameter.device for parameter in self._low), None)
+        if self.format == "bf16" and device is not None and device.type == "cpu" and not bf16_units(device):
+            warnings.warn(
+                "StochasticRounding: this CPU has no units for bfloat16, so convolutions are emulated: expect steps many times slower "
+                "than in float32. What is learnt is the same.",
+                stacklevel=2,
+            )
         self._optimizers = list(optimizers)
         self._steps = self._steps if len(self._steps) == len(optimizers) else [0] * len(optimizers)
         for optimizer in optimizers:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lightning_cnn.errors import ConfigurationError, NoEffectWarning
-from lightning_cnn.precision import StochasticRounding
+from lightning_cnn.precision import StochasticRounding, stochastic_rounding
 
 
 class Line(L.LightningModule):
@@ -82,6 +82,13 @@ def test_an_optimizer_that_evaluates_the_model_is_refused():
 def test_a_model_of_norms_alone_is_warned_about():
     with pytest.warns(NoEffectWarning, match="no parameter"):
         StochasticRounding().convert_module(nn.BatchNorm2d(2))
+
+
+@pytest.mark.parametrize(("format", "units", "told"), [("bf16", False, True), ("bf16", True, False), ("fp16", False, False)])
+def test_who_computes_in_bfloat16_without_units_for_it_is_warned(format, units, told, monkeypatch, recwarn):
+    monkeypatch.setattr(stochastic_rounding, "bf16_units", lambda device: units)
+    fit(Line(lr=0.1), StochasticRounding(format=format), 1)
+    assert any("no units for bfloat16" in str(warning.message) for warning in recwarn) == told
 
 
 def test_layers_to_keep_stay_in_float32():
