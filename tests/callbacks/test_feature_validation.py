@@ -88,6 +88,27 @@ def test_random_validation_pictures_are_never_remembered(caplog):
     assert 0 not in cached.passes
 
 
+class Nameless(Dataset):
+    """The same pictures every time, and nothing by which a later run could know them."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, i):
+        return loader(20).dataset[i]
+
+
+def test_pictures_that_no_folder_can_name_are_validated_as_without_it(tmp_path, caplog):
+    def val():
+        return DataLoader(Nameless(), batch_size=8)
+
+    plain = watched(frozen(), val=val())
+    with caplog.at_level("INFO", "lightning_cnn"):
+        cached = watched(frozen(), FeatureCache(folder=str(tmp_path)), val=val())
+    assert "validation goes on as without it: cannot tell whether the data of a Nameless" in caplog.text
+    assert cached.losses == plain.losses and 0 not in cached.passes
+
+
 class Twice(Module):
     """Looks at each picture and at its mirror image."""
 
