@@ -79,7 +79,7 @@ def versus_stock(name: str, model: nn.Module, x: torch.Tensor, work, n: int, bar
     stock = {"nchw": (model, x), "nhwc": (copy.deepcopy(model).to(memory_format=LAST), x.contiguous(memory_format=LAST))}
     first = {layout: timed(work, *pair) for layout, pair in stock.items()}
     stock = {layout: pair for layout, pair in stock.items() if first[layout] <= HOPELESS * min(first.values())}
-    first = medians(interleave({layout: partial(timed, work, *pair) for layout, pair in stock.items()}, max(3, n // 2)))
+    first = medians(interleave({layout: partial(timed, work, *pair) for layout, pair in stock.items()}, max(5, n // 2)))
     better = min(first, key=lambda layout: first[layout])
     ours = swap(copy.deepcopy(stock[better][0]), "auto", cache=None), stock[better][1]
     for _ in range(3):

@@ -30,7 +30,7 @@ class Call:
     geometry: Geometry
     dtype: torch.dtype
     device: str
-    channels_last: bool
+    channels_last: bool  # the layout of the operands, and of the result
     threads: int
     keep: bool  # may the transformed filters be kept between calls: no gradient is being recorded
 
@@ -86,6 +86,12 @@ def load(name: str) -> Algorithm:
     if name not in NAMES:
         raise ConfigurationError(f"There is no convolution algorithm '{name}'; choose 'auto' or one of {', '.join(NAMES)}.")
     return cast(Algorithm, import_module(f"lightning_cnn.conv.{name}"))
+
+
+def run(name: str, call: Call, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """The result of `call` by that algorithm, in the layout of the operands."""
+    result = load(name).compute(call, a, b, bias)
+    return result.contiguous(memory_format=torch.channels_last if call.channels_last else torch.contiguous_format)
 
 
 def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:

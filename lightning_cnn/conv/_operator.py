@@ -6,10 +6,12 @@ gradients of any order go through the algorithm that was chosen for their role.
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from lightning_cnn.conv import _tuner
-from lightning_cnn.conv._call import ROLES, Call, Role, load
+from lightning_cnn.conv._call import ROLES, Call, Role, load, run
 from lightning_cnn.functional.conv.geometry import Geometry
 from lightning_cnn.functional.conv.layout import is_channels_last
 
@@ -22,8 +24,7 @@ SCHEMA = (
 def compute(role, a, b, bias, size, stride, padding, dilation, groups, plan, keep) -> Tensor:
     """`role` of (x, weight, bias), (g, weight) or (x, g); `size` is the picture of an input gradient, the kernel of a weight's."""
     call = describe(role, a, b, size, Geometry(tuple(stride), tuple(padding), tuple(dilation), groups), keep)
-    result = load(algorithm_for(call, plan)).compute(call, a.detach(), b if keep else b.detach(), bias)
-    return result.contiguous(memory_format=_format(role, a, b))
+    return run(algorithm_for(call, plan), call, a.detach(), b if keep else b.detach(), bias)
 
 
 convolve = torch.library.custom_op("lightning_cnn::convolve", compute, mutates_args=(), schema=SCHEMA)
@@ -32,7 +33,8 @@ convolve = torch.library.custom_op("lightning_cnn::convolve", compute, mutates_a
 @convolve.register_fake
 def _(role, a, b, bias, size, stride, padding, dilation, groups, plan, keep):
     shape = _shape(role, a, b, size, stride, padding, dilation, groups)
-    return torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=_format(role, a, b))
+    layout = torch.channels_last if _last(a, b) else torch.contiguous_format
+    return torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=layout)
 
 
 def describe(role: Role, a: Tensor, b: Tensor, size: list[int], geometry: Geometry, keep: bool) -> Call:
@@ -43,8 +45,7 @@ def describe(role: Role, a: Tensor, b: Tensor, size: list[int], geometry: Geomet
         x, weight = (a.shape[0], b.shape[1] * geometry.groups, *size), tuple(b.shape)
     else:
         x, weight = tuple(a.shape), (b.shape[1], a.shape[1] // geometry.groups, *size)
-    last = _format(role, a, b) == torch.channels_last or is_channels_last(a)
-    return Call(role, x, weight, geometry, a.dtype, a.device.type, last, torch.get_num_threads(), keep)
+    return Call(role, x, weight, geometry, a.dtype, a.device.type, _last(a, b), torch.get_num_threads(), keep)
 
 
 def algorithm_for(call: Call, plan: str) -> str:
@@ -68,7 +69,7 @@ def _derivative(ctx, gradient: Tensor):
 
     def again(role: Role, left: Tensor, right: Tensor, like: Tensor) -> Tensor:
         size = [] if role == "forward" else list(like.shape[2:])
-        return convolve(role, left, right, None, size, *ctx.geometry, ctx.plan, False)
+        return convolution(role, left, right, None, size, *ctx.geometry, ctx.plan, False)
 
     if ctx.role == "forward":  # y = x * w
         ga = again("input", gradient, b, a) if want_a else None
@@ -84,6 +85,26 @@ def _derivative(ctx, gradient: Tensor):
 
 
 convolve.register_autograd(_derivative, setup_context=_setup)  # pyright: ignore[reportFunctionMemberAccess]
+
+
+class _Recorded(torch.autograd.Function):
+    """The operator with its derivative, but past the dispatcher."""
+
+    backward = staticmethod(_derivative)  # pyright: ignore[reportAssignmentType]
+
+    @staticmethod
+    def forward(ctx, *inputs):  # A `setup_context` of its own would have torch bind the signature anew in each call, for 0.1 ms
+        output = compute(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+
+def convolution(role: Role, a: Tensor, b: Tensor, bias: Tensor | None, *others) -> Tensor:
+    """`convolve` by the shortest way: the dispatcher's Python takes up to half a millisecond among the layers of a network."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None or _profiler_enabled():
+        return convolve(role, a, b, bias, *others)  # Somebody looks at the operators that run
+    recorded = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (a, b, bias))
+    return (_Recorded.apply if recorded else compute)(role, a, b, bias, *others)
 
 
 @register_flop_formula(torch.ops.lightning_cnn.convolve)
@@ -106,6 +127,6 @@ def _shape(role, a, b, size, stride, padding, dilation, groups):
     return (a.shape[0], b.shape[0], high, wide)
 
 
-def _format(role: Role, a: Tensor, b: Tensor) -> torch.memory_format:
-    last = role != "weight" and (is_channels_last(a) or is_channels_last(b))
-    return torch.channels_last if last else torch.contiguous_format
+def _last(a: Tensor, b: Tensor) -> bool:
+    """One operand with the channels last is enough for torch to answer so, filters' gradients included."""
+    return is_channels_last(a) or is_channels_last(b)

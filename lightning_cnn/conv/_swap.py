@@ -12,12 +12,11 @@ from fnmatch import fnmatchcase
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._autograd import _profiler_enabled
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lightning_cnn.conv import _tuner
 from lightning_cnn.conv._call import NAMES, ROLES, Call, Role
-from lightning_cnn.conv._operator import algorithm_for, compute, convolve, describe
+from lightning_cnn.conv._operator import algorithm_for, convolution, describe
 from lightning_cnn.errors import NoEffectWarning, raise_all
 from lightning_cnn.functional.conv.geometry import Geometry
 
@@ -54,8 +53,7 @@ class SwappedConv2d(nn.Conv2d):
         batched = input if input.dim() == 4 else input[None]
         padded, padding = self._padded(batched)
         keep = not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
-        run = compute if keep and _direct() else convolve
-        y = run("forward", padded, weight, bias, [], self.stride, padding, self.dilation, self.groups, self._plan, keep)
+        y = convolution("forward", padded, weight, bias, [], self.stride, padding, self.dilation, self.groups, self._plan, keep)
         return y if input.dim() == 4 else y[0]
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -187,11 +185,6 @@ def _plain(*tensors: Tensor) -> bool:
     if getattr(_get_current_dispatch_mode(), "as_written", False):
         return False
     return all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type in ("cpu", "cuda") for tensor in tensors)
-
-
-def _direct() -> bool:
-    """Nobody looks at the operators that run, so the call need not go through one."""
-    return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None and not _profiler_enabled()
 
 
 def _problems(algorithm: Choice) -> list[str]:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import conv2d
 from torch.nn.utils import prune
 
-from lightning_cnn.conv import _swap, report, restore, swap
+from lightning_cnn.conv import _operator, report, restore, swap
 from lightning_cnn.conv._call import NAMES
 from lightning_cnn.conv._operator import convolve
 from lightning_cnn.errors import ConfigurationError, NoEffectWarning
@@ -252,20 +252,47 @@ def test_a_flop_counter_still_sees_the_convolutions():
     assert flops(model) == flops(swap(model, "fft"))
 
 
-def test_without_gradients_a_way_is_called_directly_unless_somebody_watches():
+def test_a_way_is_called_directly_unless_somebody_watches():
     """The dispatcher costs a small layer more than its arithmetic, and only counters and profilers look at what goes through it."""
     from torch.utils.flop_counter import FlopCounterMode
 
     layer, x = swap(nn.Conv2d(3, 8, 5), "fft"), torch.randn(2, 3, 16, 16)
-    expected = layer(x).detach()
-    with torch.no_grad(), unittest.mock.patch.object(_swap, "convolve", side_effect=AssertionError("through the dispatcher")):
-        assert torch.equal(layer(x), expected)
+    with torch.profiler.profile():
+        layer(x).sum().backward()
+    expected, gradient, layer.weight.grad = layer(x).detach(), layer.weight.grad, None
+    with unittest.mock.patch.object(_operator, "convolve", side_effect=AssertionError("through the dispatcher")):
+        layer(x).sum().backward()
+        with torch.no_grad():
+            assert torch.equal(layer(x), expected)
+    assert torch.equal(layer.weight.grad, gradient)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         layer(x)
     assert counter.get_total_flops() == 2 * expected.numel() * 3 * 5 * 5
     with torch.no_grad(), torch.profiler.profile() as profiler:
         layer(x)
     assert "lightning_cnn::convolve" in {event.key for event in profiler.key_averages()}
+
+
+@pytest.mark.parametrize("name", ["default", "winograd4", "fft"])
+def test_a_bias_is_trained_alone(name):
+    layer, x = swap(nn.Conv2d(8, 8, 3, padding=1), name), torch.randn(2, 8, 9, 9)
+    layer.weight.requires_grad_(False)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full((8,), 2 * 9 * 9.0))
+
+
+@pytest.mark.parametrize("name", ["im2col", "layout", "winograd4"])
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_have_the_memory_layout_that_torch_gives_them(name, last):
+    """A gradient in the other layout is copied once more for each step, which costs more than any algorithm saves."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    stock, x = nn.Conv2d(8, 8, 3, padding=1).to(memory_format=layout), torch.randn(2, 8, 9, 9).to(memory_format=layout)
+    x.requires_grad_()
+    strides = [
+        [gradient.stride() for gradient in torch.autograd.grad(layer(x).sum(), (x, layer.weight))]
+        for layer in (stock, swap(copy.deepcopy(stock), name))
+    ]
+    assert strides[0] == strides[1]
 
 
 @pytest.mark.parametrize("name", ["winograd4", "winograd2", "fft", "fft_tiled"])

@@ -41,10 +41,10 @@ def weight_gradient(
     x: Float[Tensor, "b c h w"], g: Float[Tensor, "b k ho wo"], size: Pair, geometry: Geometry = PLAIN
 ) -> Float[Tensor, "k c_g r s"]:
     """The gradient of filters with `size` taps, in the layout that x does not have."""
-    _, there = _layouts(x)
+    here, there = _layouts(x)
     x, g = x.contiguous(memory_format=there), g.contiguous(memory_format=there)
     weight = torch.empty((g.shape[1], x.shape[1] // geometry.groups, *size), dtype=g.dtype, device=g.device, memory_format=there)
-    return default._backward(g, x, weight, geometry, (False, True, False))[0].contiguous()
+    return default._backward(g, x, weight, geometry, (False, True, False))[0].contiguous(memory_format=here)
 
 
 def _layouts(picture: Tensor) -> tuple[torch.memory_format, torch.memory_format]:
