@@ -16,7 +16,7 @@ from lightning_cnn.conv._call import NAMES, Call, load, run
 from lightning_cnn.conv._store import Store, default_folder
 
 SWITCH_ABOVE = 1.10
-OVERHEAD_S = 1e-4  # what the way to an algorithm takes among the layers of a network, where its Python is no longer in the cache: 70 to 130 us
+OVERHEAD_S = 1e-4  # the way to an algorithm, among layers of a network that leave no Python in the cache: 70 to 130 microseconds
 ROUNDS, HOPELESS = 9, 1.5
 PATIENCE = 3  # times ROUNDS, for a machine that is busy with something else
 STEADY, JITTER_S = 1.25, 2e-5  # the typical run against the fastest one, where nothing else disturbs
