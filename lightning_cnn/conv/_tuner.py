@@ -78,7 +78,7 @@ class Tuner:
     paused: bool = False  # everything by the default for a while, to compare
 
     def choose(self, call: Call) -> str:
-        if min(call.y) == 0 or self.paused:
+        if min(call.y) <= 0 or self.paused:
             return "default"
         if call not in self.decisions:
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
