@@ -8,49 +8,48 @@ import torch
 from torch import nn
 
 from lightning_cnn.conv._call import ROLES, Call
+from lightning_cnn.conv._signed_rank import slower
 from lightning_cnn.conv._swap import replace_role, swapped, tuners
 from lightning_cnn.conv._tuner import SWITCH_ABOVE, Decision, Tuner, now, typical
 
 log = logging.getLogger(__name__)
 
 
-def confirm(model: nn.Module, step: Callable[[], object], *, rounds: int = 7, clock: Callable[[], float] | None = None) -> float:
-    """Run `step` with the choices of 'auto' and without, take back what does not pay, and return the speed-up that is left.
+def confirm(model: nn.Module, step: Callable[[], object], *, rounds: int = 8, clock: Callable[[], float] | None = None) -> float:
+    """Run `step` with the choices of 'auto' and without, take back what makes it slower, and return the speed-up that is left.
 
     `step` is whatever shall be fast, as `lambda: model(images)`, under `torch.inference_mode()` where that is how it will run. Where
-    the whole is not clearly faster, each choice must make it faster, and those that are left must not make it slower. Takes four steps
-    a round, and as many for each choice where each is tried.
+    the whole is not clearly faster, each choice is tried by itself in as many `rounds`, and then what is left, in twice as many; what
+    is slower by `_signed_rank.slower` is taken back (of 5 rounds, all must be lost). A round takes four steps.
     """
     clock = clock or now(next(model.parameters()).device.type, torch.get_num_threads())
     step()
-    speedup = _whole(model, step, clock, rounds)
-    if speedup > SWITCH_ABOVE or not choices(model):
-        return speedup
+    whole = _whole(model, step, clock, 2 * rounds)
+    if whole.speedup > SWITCH_ABOVE or not choices(model):
+        return whole.speedup
     for call, tuner in sorted(choices(model).items(), key=lambda item: _promised_s(*item)):
         chosen = tuner.decisions[call]
-        given_up = _stock(chosen, "in its place in the network it does not pay")
+        given_up = _stock(chosen, "in its place in the network it makes the whole slower")
         race = Trial(rounds)
         while not race.done:
             for stock, decision in enumerate((chosen, given_up)):
                 tuner.decide({call: decision})
                 race.add(_timed(step, clock), stock=bool(stock))
-        tuner.decide({call: chosen if race.speedup > 1 else given_up})
-    speedup = _whole(model, step, clock, rounds)
-    if speedup < 1:
-        take_back(model, speedup)
-    return max(speedup, 1.0)
+        tuner.decide({call: given_up if race.slower else chosen})
+    whole = _whole(model, step, clock, 2 * rounds)
+    if whole.slower:
+        take_back(model, whole.speedup)
+    return whole.speedup if choices(model) else 1.0
 
 
-def _whole(model: nn.Module, step: Callable[[], object], clock: Callable[[], float], rounds: int) -> float:
-    if not choices(model):
-        return 1.0
-    race = Trial(rounds)
+def _whole(model: nn.Module, step: Callable[[], object], clock: Callable[[], float], rounds: int) -> "Trial":
+    race = Trial(rounds if choices(model) else 0)
     while not race.done:
         for stock in (False, True):
             pause(model, stock)
             race.add(_timed(step, clock), stock=stock)
     pause(model, False)
-    return race.speedup
+    return race
 
 
 @dataclass
@@ -69,8 +68,12 @@ class Trial:
 
     @property
     def speedup(self) -> float:
-        ours, stock = map(typical, self.times)
+        ours, stock = map(typical, self.times) if self.rounds else (1.0, 1.0)
         return stock / ours
+
+    @property
+    def slower(self) -> bool:
+        return slower(*self.times)
 
 
 def choices(model: nn.Module) -> dict[Call, Tuner]:

@@ -54,7 +54,7 @@ def algorithm_for(call: Call, plan: str) -> str:
         return _tuner.tuner_for(plan).choose(call)
     names = plan.split("/")
     name = names[ROLES.index(call.role)] if len(names) == len(ROLES) else names[0]
-    return "default" if min(call.y) == 0 or load(name).refuses(call) else name
+    return "default" if min(call.y) <= 0 or load(name).refuses(call) else name
 
 
 def _setup(ctx, inputs, output):

@@ -41,20 +41,24 @@ class SwappedConv2d(nn.Conv2d):
         return super().forward(input)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not _plain(input, weight) or input.shape[-3] != self.in_channels:
+        if not _plain(input, weight) or not self._fits(input):
             return super()._conv_forward(input, weight, bias)
         if not torch.compiler.is_compiling() and self._is_stock(input, weight):
             return super()._conv_forward(input, weight, bias)
         if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(input.device.type)
             input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        if input.dtype != weight.dtype or not input.dtype.is_floating_point:
+        if input.dtype != weight.dtype:
             return super()._conv_forward(input, weight, bias)
         batched = input if input.dim() == 4 else input[None]
         padded, padding = self._padded(batched)
         keep = not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
         y = convolution("forward", padded, weight, bias, [], self.stride, padding, self.dilation, self.groups, self._plan, keep)
         return y if input.dim() == 4 else y[0]
+
+    def _fits(self, input: Tensor) -> bool:
+        """Whatever torch refuses, it shall refuse itself; and complex numbers are its own."""
+        return input.dim() in (3, 4) and input.shape[-3] == self.in_channels and input.is_floating_point()
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The picture behind whatever padding is not the same number of zeros on both sides, and the zeros that are."""

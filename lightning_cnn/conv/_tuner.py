@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_cnn.conv._call import NAMES, Call, load, run
+from lightning_cnn.conv._signed_rank import slower
 from lightning_cnn.conv._store import Store, default_folder
 
 SWITCH_ABOVE = 1.10
@@ -77,7 +78,7 @@ class Tuner:
     paused: bool = False  # everything by the default for a while, to compare
 
     def choose(self, call: Call) -> str:
-        if min(call.y) == 0 or self.paused:
+        if min(call.y) <= 0 or self.paused:
             return "default"
         if call not in self.decisions:
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -166,12 +167,12 @@ class Tuner:
         return Decision("default", default, default, None, 0, reason)
 
     def _revised(self, call: Call, decision: Decision) -> Decision:
-        seconds = {name: typical(values) for name, values in self._race(call, ["default", decision.algorithm]).items()}
-        ratio = seconds["default"] / (seconds[decision.algorithm] + OVERHEAD_S)
-        if ratio >= 1:
+        times = self._race(call, ["default", decision.algorithm])
+        ours, stock = [seconds + OVERHEAD_S for seconds in times[decision.algorithm]], times["default"]
+        if not slower(ours, stock):
             return decision
-        reason = f"reverted: {decision.algorithm} was measured again at {ratio:.2f}x"
-        return Decision("default", seconds["default"], seconds["default"], None, 0, reason)
+        reason = f"reverted: {decision.algorithm} was measured again at {typical(stock) / typical(ours):.2f}x"
+        return Decision("default", typical(stock), typical(stock), None, 0, reason)
 
     def _that_run(self, call: Call, names: list[str]) -> tuple[list[str], dict[str, str]]:
         """The candidates that survive a first run, which also compiles them, and what the others raised."""

@@ -28,9 +28,9 @@ class ConvAlgorithm(Callback):
 
     `algorithm`, `max_error`, `max_workspace_mb` and `cache` are those of `lightning_cnn.conv.swap`. With several processes, what the
     first step met is measured on rank 0 between that step and the next and broadcast. Then every other one of twice `trial_batches`
-    batches runs by the default: choices with which the whole step is not faster are taken back (0: no trial). At the end of each of
-    the first `recheck_epochs` epochs the choices are measured again, and reverted where they are slower than the default. `report`
-    has the table after a run, and the run's folder its picture.
+    batches runs by the default: choices with which the whole step is slower are taken back (0: no trial; fewer than 5 show nothing). At
+    the end of each of the first `recheck_epochs` epochs the choices are measured again, and reverted where they are slower than the
+    default. `report` has the table after a run, and the run's folder its picture.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class ConvAlgorithm(Callback):
         max_error: float = 1e-5,
         max_workspace_mb: float = 256.0,
         cache: str | None = "default",
-        trial_batches: int = 8,
+        trial_batches: int = 16,
         recheck_epochs: int = 1,
     ) -> None:
         self.algorithm = algorithm if isinstance(algorithm, str) else dict(algorithm)
@@ -114,9 +114,9 @@ class ConvAlgorithm(Callback):
             _confirm.pause(pl_module, False)
         self._batches += 1
         if self._trial.done:
-            speedup = trainer.strategy.broadcast(self._trial.speedup)
+            speedup, slower = trainer.strategy.broadcast((self._trial.speedup, self._trial.slower))
             self._trial = None
-            if speedup < 1:
+            if slower:
                 _confirm.take_back(pl_module, speedup)
 
     def _settle(self, pl_module: LightningModule, batch_idx: int) -> None:

@@ -17,13 +17,13 @@ def refuses(call: Call) -> str:
 
 
 def workspace(call: Call) -> int:
-    return _spectra.workspace(call, call.x[0] * (call.x[1] + call.weight[0]), fft.transform_size(call.size, call.geometry))
+    return _spectra.workspace(call, call.x[0] * (call.x[1] + call.weight[0]), fft.transform_size(call.size, call.kernel, call.geometry))
 
 
 def compute(call: Call, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     if call.role == "weight":
         return fft.weight_gradient(a, b, call.kernel, call.geometry, contract)
-    kind = ("fft", fft.transform_size(call.size, call.geometry), call.geometry.dilation)
+    kind = ("fft", fft.transform_size(call.size, call.kernel, call.geometry), call.geometry.dilation)
     W = transformed(b, kind, lambda: fft.transform(b, call.size, call.geometry), call.keep)
     if call.role == "input":
         return fft.input_gradient(a, b, call.size, call.geometry, W, contract)

@@ -98,7 +98,7 @@ def test_mistakes_are_found_at_construction_and_a_model_without_convolutions_is_
 def test_choices_with_which_the_whole_step_is_slower_are_taken_back(monkeypatch, slow, kept):
     """A step takes a second by the default and more or less with the choices, says the clock."""
     settings = {"cache": None, "max_error": 0.01 if slow else 0.02}  # a tuner of this test's own
-    callback, clock = ConvAlgorithm(algorithm="auto", trial_batches=2, recheck_epochs=0, **settings), [0.0]
+    callback, clock = ConvAlgorithm(algorithm="auto", trial_batches=5, recheck_epochs=0, **settings), [0.0]
     said = _tuner.Decision("fft", 1, 2, 0, 0, "said")
     monkeypatch.setattr(_tuner.Tuner, "measure", lambda self, calls: dict.fromkeys(calls, said))
     tuner = _tuner.tuner_for(_tuner.Settings(**settings).plan())
@@ -108,7 +108,7 @@ def test_choices_with_which_the_whole_step_is_slower_are_taken_back(monkeypatch,
         return clock[0]
 
     monkeypatch.setattr(auto, "_seconds", seconds)
-    fit(callback, max_epochs=3)
+    fit(callback, max_epochs=4)
     assert {row.algorithm for row in callback.report.rows if row.role == "forward"} == {kept}
     assert not tuner.paused
 

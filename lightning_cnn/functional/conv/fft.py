@@ -38,9 +38,9 @@ def forward(
     """y = x * w; `transformed` is `transform(weight, ...)` where the caller has kept it."""
     size = (x.shape[2], x.shape[3])
     high, wide = output_size(size, (weight.shape[2], weight.shape[3]), geometry)
-    frequencies = transform_size(size, geometry)
+    frequencies = transform_size(size, (weight.shape[2], weight.shape[3]), geometry)
     W = transform(weight, size, geometry) if transformed is None else transformed
-    X = _rfft(F.pad(x, (geometry.padding[1],) * 2 + (geometry.padding[0],) * 2), frequencies)
+    X = _rfft_behind_padding(x, frequencies, geometry)
     y = torch.fft.irfft2(over_input_channels(X, W, geometry.groups, contract), s=frequencies)
     vertical, horizontal = geometry.stride
     return y[:, :, : high * vertical : vertical, : wide * horizontal : horizontal].to(x.dtype)
@@ -55,7 +55,7 @@ def input_gradient(
     contract: Contract = contract,
 ) -> Float[Tensor, "b c h w"]:
     """The full convolution of g with the filters, cut to the picture's `size`."""
-    frequencies = transform_size(size, geometry)
+    frequencies = transform_size(size, (weight.shape[2], weight.shape[3]), geometry)
     W = transform(weight, size, geometry) if transformed is None else transformed
     G = _rfft(spread(g, geometry.stride), frequencies)
     gx = torch.fft.irfft2(over_output_channels(G, W, geometry.groups, contract), s=frequencies)
@@ -71,8 +71,8 @@ def weight_gradient(
     contract: Contract = contract,
 ) -> Float[Tensor, "k c_g r s"]:
     """The correlation of x with g, at the taps."""
-    frequencies = transform_size((x.shape[2], x.shape[3]), geometry)
-    X = _rfft(F.pad(x, (geometry.padding[1],) * 2 + (geometry.padding[0],) * 2), frequencies)
+    frequencies = transform_size((x.shape[2], x.shape[3]), size, geometry)
+    X = _rfft_behind_padding(x, frequencies, geometry)
     G = _rfft(spread(g, geometry.stride), frequencies)
     taps = torch.fft.irfft2(over_pictures(X, G, geometry.groups, contract), s=frequencies)
     high, wide = span(size, geometry.dilation)
@@ -81,7 +81,7 @@ def weight_gradient(
 
 def transform(weight: Float[Tensor, "k c_g r s"], size: Pair, geometry: Geometry) -> Complex[Tensor, "k c_g fh fw"]:
     """The filters' spectrum for pictures of `size`."""
-    return spectrum(weight, transform_size(size, geometry), geometry)
+    return spectrum(weight, transform_size(size, (weight.shape[2], weight.shape[3]), geometry), geometry)
 
 
 def spectrum(weight: Float[Tensor, "k c_g r s"], frequencies: Pair, geometry: Geometry) -> Complex[Tensor, "k c_g fh fw"]:
@@ -100,14 +100,25 @@ def filters_at_once(channels: int, frequencies: Pair) -> int:
     return max(1, FILLED // (channels * frequencies[0] * frequencies[1]))
 
 
-def transform_size(size: Pair, geometry: Geometry) -> Pair:
-    """The padded picture, rounded up: circular wrap-around then falls on outputs that are cut off."""
-    return fast_size(size[0] + 2 * geometry.padding[0]), fast_size(size[1] + 2 * geometry.padding[1])
+def transform_size(size: Pair, kernel: Pair, geometry: Geometry) -> Pair:
+    """The picture with its padding counted once, rounded up: what wraps around at the end finds the zeros at the beginning.
+
+    >>> transform_size((64, 64), (31, 31), Geometry(padding=(15, 15)))  # and not 96, for 64 + 2 * 15
+    (80, 80)
+    """
+    reach = span(kernel, geometry.dilation)
+    high, wide = (max(n + p, n + 2 * p + 1 - r, r) for n, p, r in zip(size, geometry.padding, reach, strict=True))
+    return fast_size(high), fast_size(wide)
 
 
 def _rfft(picture: Tensor, frequencies: Pair) -> Tensor:
     wide = picture if picture.dtype == torch.float64 else picture.float()
     return torch.fft.rfft2(wide, s=frequencies)
+
+
+def _rfft_behind_padding(x: Tensor, frequencies: Pair, geometry: Geometry) -> Tensor:
+    top, left = geometry.padding
+    return _rfft(F.pad(x, (left, frequencies[1] - x.shape[3] - left, top, frequencies[0] - x.shape[2] - top)), frequencies)
 
 
 def over_input_channels(X: Tensor, W: Tensor, groups: int, contract: Contract = contract) -> Tensor:
