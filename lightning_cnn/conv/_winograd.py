@@ -7,10 +7,12 @@ from torch import Tensor
 from lightning_cnn.conv._call import Call, nbytes, with_bias
 from lightning_cnn.conv._transformed import transformed
 from lightning_cnn.functional.conv import winograd
-from lightning_cnn.functional.conv.geometry import gradient_as_forward
+from lightning_cnn.functional.conv.geometry import Geometry, Pair, gradient_as_forward
+from lightning_cnn.functional.conv.layout import is_channels_last
 
 LANES, COLUMNS, ROWS = 8, 16, 6
 SMALL, LARGE = 24, 96  # tiles a block while the filters stay in cache, and where they must be read from memory
+GRADIENT = 128  # tiles a block of the filters' gradient: it is read and written once a block
 
 
 def refuses(call: Call, m: int) -> str:
@@ -22,7 +24,7 @@ def refuses(call: Call, m: int) -> str:
         return "needs one group"
     if call.dtype not in (torch.float32, torch.float64):
         return f"its transforms lose half precision ({call.dtype}); keep it for float32"
-    return "interpolates pictures, not weight gradients" if call.role == "weight" else ""
+    return ""
 
 
 def workspace(call: Call, m: int) -> int:
@@ -30,14 +32,18 @@ def workspace(call: Call, m: int) -> int:
     b, _, high, wide = call.y
     k, c = call.weight[:2]
     tiles = b * -(-high // m) * -(-wide // m)
-    frequencies = (m + 2) ** 2
-    if _in_numba(call):
-        block, splits = _blocking(tiles, c, k, call.threads)
-        return nbytes((call.threads, frequencies, block, c + k // splits), (frequencies, c, k), dtype=call.dtype)
-    return nbytes((2 * frequencies, tiles, c + k), (frequencies, c, k), dtype=call.dtype)
+    frequencies, copies = (m + 2) ** 2, nbytes(call.x, call.y, dtype=call.dtype) * (not call.channels_last)
+    if not _in_numba(call):
+        return nbytes((2 * frequencies, tiles, c + k), (frequencies, c, k), dtype=call.dtype)
+    if call.role == "weight":
+        return copies + nbytes((frequencies, min(tiles, GRADIENT), c + k), dtype=call.dtype)
+    block, splits = _blocking(tiles, c, k, call.threads)
+    return copies + nbytes((call.threads, frequencies, block, c + k // splits), (frequencies, c, k), dtype=call.dtype)
 
 
 def compute(call: Call, a: Tensor, b: Tensor, bias: Tensor | None, m: int) -> Tensor:
+    if call.role == "weight":
+        return (_weight_gradient if _in_numba(call) else winograd.weight_gradient)(a, b, call.kernel, call.geometry, m)
     if call.role == "input":
         g, mirrored, geometry = gradient_as_forward(a, b, call.geometry)
         return _forward(call, g, mirrored, geometry.padding, None, m, transform_packed(mirrored, m) if _in_numba(call) else None)
@@ -69,6 +75,19 @@ def _forward(call: Call, x: Tensor, weight: Tensor, padding, bias: Tensor | None
     block, splits = _blocking(y.shape[0] * -(-y.shape[1] // m) * -(-y.shape[2] // m), x.shape[1], k, workers)
     kernel(pixels.numpy(), U.numpy(), offset.numpy(), y.numpy(), m, top, left, workers, block, splits)
     return y.permute(0, 3, 1, 2)
+
+
+def _weight_gradient(x: Tensor, g: Tensor, size: Pair, geometry: Geometry, m: int) -> Tensor:
+    from lightning_cnn.kernels import threads
+    from lightning_cnn.kernels.winograd import winograd_weight as kernel
+
+    tiles = g.shape[0] * -(-g.shape[2] // m) * -(-g.shape[3] // m)
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    gw = torch.empty(g.shape[1], x.shape[1], *size, memory_format=layout)
+    pixels, gradient = (_filled(of.permute(0, 2, 3, 1), to).contiguous() for of, to in ((x, COLUMNS), (g, LANES)))
+    workers = threads.use(torch.get_num_threads())
+    kernel(pixels.numpy(), gradient.numpy(), gw.numpy(), m, *geometry.padding, workers, min(tiles, GRADIENT))
+    return gw
 
 
 def _filled(x: Tensor, multiple: int) -> Tensor:

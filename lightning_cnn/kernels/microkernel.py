@@ -1,9 +1,9 @@
 """Inner loops held in vector registers; numba's loops spill them to memory, so they are written as LLVM instructions.
 
 `multiply_6x16` is six rows and sixteen columns of a matrix product: twelve vector sums, two loads and six broadcasts a step, which is
-what the sixteen registers of AVX2 hold. `sandwich(matrix)` makes a loop that computes `matrix @ tile @ matrix.T` for eight channels
-at once, for any constant matrix. `multiply_spectra` is a row and four columns of a complex product, four frequencies a vector. All take
-float32 arrays and offsets into them.
+what the sixteen registers of AVX2 hold; `multiply_4x16` is the same for two matrices that both lie depth first. `sandwich(matrix)` makes
+a loop that computes `matrix @ tile @ matrix.T` for eight channels at once, for any constant matrix. `multiply_spectra` is a row and four
+columns of a complex product, four frequencies a vector. All take float32 arrays and offsets into them.
 
 Source: Goto & van de Geijn 2008, "Anatomy of high-performance matrix multiplication", section 5.
 """
@@ -43,6 +43,33 @@ def multiply_6x16(typingctx, a, a_at, a_row, b, b_at, c, c_at, c_row, depth):
         return context.get_dummy_value()
 
     return types.void(a, a_at, a_row, b, b_at, c, c_at, c_row, depth), generate
+
+
+@intrinsic
+def multiply_4x16(typingctx, a, a_at, b, b_at, c, c_at, depth):
+    """C[4, 16] = A[depth, 4].T @ B[depth, 16]; rows of A are 8 apart, those of B and C 16.
+
+    A step costs two loads, four broadcasts and eight multiply-adds: with a latency of four and two of them a cycle, the eight sums are
+    just enough.
+    """
+
+    def generate(context, builder, signature, args):
+        A, B, C = (_start(context, builder, signature, args, i) for i in (0, 2, 4))
+        sums = [[cgutils.alloca_once_value(builder, ir.Constant(_VECTOR, None)) for _ in range(2)] for _ in range(4)]
+        for cell in (cell for row in sums for cell in row):
+            builder.store(ir.Constant(_VECTOR, None), cell)
+        with cgutils.for_range(builder, args[6]) as loop:
+            columns = [_load(builder, B, _sum(builder, (loop.index, COLUMNS), half * LANES)) for half in range(2)]
+            for r in range(4):
+                row = _spread(builder, builder.load(builder.gep(A, [_sum(builder, (loop.index, LANES), r)])))
+                for half in range(2):
+                    builder.store(_fma(builder, row, columns[half], builder.load(sums[r][half])), sums[r][half])
+        for r in range(4):
+            for half in range(2):
+                _store(builder, builder.load(sums[r][half]), C, ir.Constant(_INDEX, r * COLUMNS + half * LANES))
+        return context.get_dummy_value()
+
+    return types.void(a, a_at, b, b_at, c, c_at, depth), generate
 
 
 @intrinsic

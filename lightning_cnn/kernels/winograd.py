@@ -1,7 +1,8 @@
 """Winograd convolution in one pass over the picture: transform, multiply and transform back a block of tiles while it is in cache.
 
 A thread takes a block of output tiles, writes their transformed inputs V (one matrix of tiles x channels a frequency), multiplies
-them with the transformed filters U in registers, and transforms the products M into pixels; V and M of a block stay in its cache.
+them with the transformed filters U in registers, and transforms the products M into pixels; V and M of a block stay in its cache. The
+filters' gradient is the same backwards: V times the transformed gradients of the tiles, summed over tiles, is the gradient of U.
 
 Source: Lavin & Gray 2015, arXiv:1509.09308, section 4; Jia et al. 2018, "Optimizing N-dimensional, Winograd-based convolution for
 manycore CPUs" (blocking for the cache).
@@ -10,9 +11,9 @@ manycore CPUs" (blocking for the cache).
 import numpy as np
 from numba import njit, prange
 
-from lightning_cnn.kernels.microkernel import COLUMNS, ROWS, multiply_6x16, sandwich
+from lightning_cnn.kernels.microkernel import COLUMNS, LANES, ROWS, multiply_4x16, multiply_6x16, sandwich
 
-# B^T and A^T of `functional.conv.winograd.cook_toom`, the test compares them.
+# B^T, A^T and G^T of `functional.conv.winograd.cook_toom`, the test compares them.
 INPUT_2 = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, -1, 0, 1))
 OUTPUT_2 = ((1, 1, 1, 0), (0, 1, -1, 1))
 INPUT_4 = (
@@ -24,7 +25,16 @@ INPUT_4 = (
     (0, 4, 0, -5, 0, 1),
 )
 OUTPUT_4 = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
-_input_2, _output_2, _input_4, _output_4 = (sandwich(matrix) for matrix in (INPUT_2, OUTPUT_2, INPUT_4, OUTPUT_4))
+TAPS_2 = ((1, 1 / 2, 1 / 2, 0), (0, 1 / 2, -1 / 2, 0), (0, 1 / 2, 1 / 2, 1))
+TAPS_4 = (
+    (1 / 4, -1 / 6, -1 / 6, 1 / 24, 1 / 24, 0),
+    (0, -1 / 6, 1 / 6, 1 / 12, -1 / 12, 0),
+    (0, -1 / 6, -1 / 6, 1 / 6, 1 / 6, 1),
+)
+_input_2, _output_2, _taps_2 = sandwich(INPUT_2), sandwich(OUTPUT_2), sandwich(TAPS_2)
+_input_4, _output_4, _taps_4 = sandwich(INPUT_4), sandwich(OUTPUT_4), sandwich(TAPS_4)
+_gradient_2, _gradient_4 = (sandwich(tuple(zip(*matrix, strict=True))) for matrix in (OUTPUT_2, OUTPUT_4))
+FILTERS = 32  # whose products with sixteen channels stay in the cache together
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -106,3 +116,69 @@ def winograd(x, U, bias, y, m, top, left, workers, block, splits):
                     _output_2(M, t * K, alpha * block * K, block * K, target, at, row, column, K)
                 if not whole:
                     _scatter(pixels, y, n, i, j, low * COLUMNS, K, m)
+
+
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+def winograd_weight(x, g, gw, m, top, left, workers, block):
+    """Write the filters' gradient `gw` (k, c, 3, 3), in any layout, from `x` (n, h, w, c) and the output's gradient `g` (n, ho, wo, k).
+
+    All float32; `x` and `g` are contiguous, with zeros behind their channels up to a multiple of 16 and of 8. `block` tiles are
+    transformed before they are multiplied.
+    """
+    N, H, W, C = x.shape
+    _, Ho, Wo, K = g.shape
+    alpha, down, across = m + 2, (Ho + m - 1) // m, (Wo + m - 1) // m
+    P, total, groups = alpha * alpha, N * down * across, (K + FILTERS - 1) // FILTERS
+    flat_x, flat_g = x.reshape(-1), g.reshape(-1)
+    # A panel of 16 channels, or 8 filters, has all its tiles of one frequency in a row. A cache line more than that lies between two
+    # frequencies: a tile's values, written one a frequency, would otherwise fall on one set of the cache.
+    apart, apart_g = C * block + COLUMNS, K * block + COLUMNS
+    V, D = np.empty(P * apart, np.float32), np.empty(P * apart_g, np.float32)
+    for first in range(0, total, block):
+        here = min(block, total - first)
+        for worker in prange(workers):
+            patch = np.empty(P * max(C, K), np.float32)
+            for t in range(worker * here // workers, (worker + 1) * here // workers):
+                n, i, j = _place(first + t, down, across, m)
+                source, at, row = flat_g, ((n * Ho + i) * Wo + j) * K, Wo * K
+                if i + m > Ho or j + m > Wo:
+                    _gather(g, n, i, j, m, patch)
+                    source, at, row = patch, 0, m * K
+                for k in range(0, K, LANES):
+                    to = k * block + t * LANES
+                    if m == 4:
+                        _gradient_4(source, at + k, row, K, D, to, alpha * apart_g, apart_g, LANES)
+                    else:
+                        _gradient_2(source, at + k, row, K, D, to, alpha * apart_g, apart_g, LANES)
+                i, j = i - top, j - left
+                source, at, row = flat_x, ((n * H + i) * W + j) * C, W * C
+                if i < 0 or j < 0 or i + alpha > H or j + alpha > W:
+                    _gather(x, n, i, j, alpha, patch)
+                    source, at, row = patch, 0, alpha * C
+                for c in range(0, C, LANES):
+                    to = (c - c % COLUMNS) * block + t * COLUMNS + c % COLUMNS
+                    if m == 4:
+                        _input_4(source, at + c, row, C, V, to, alpha * apart, apart, LANES)
+                    else:
+                        _input_2(source, at + c, row, C, V, to, alpha * apart, apart, LANES)
+        for worker in prange(workers):
+            M, taps = np.empty(P * FILTERS * COLUMNS, np.float32), np.empty(9 * LANES, np.float32)
+            for group in range(worker * groups // workers, (worker + 1) * groups // workers):
+                low = group * FILTERS
+                many = min(FILTERS, K - low)
+                for c in range(0, C, COLUMNS):
+                    for p in range(P):
+                        for k in range(0, many, 4):
+                            of_filters = p * apart_g + (low + k - k % LANES) * block + k % LANES
+                            multiply_4x16(D, of_filters, V, p * apart + c * block, M, (p * FILTERS + k) * COLUMNS, here)
+                    for k in range(min(many, gw.shape[0] - low)):
+                        for half in range(0, COLUMNS, LANES):
+                            products = k * COLUMNS + half
+                            if m == 4:
+                                _taps_4(M, products, alpha * FILTERS * COLUMNS, FILTERS * COLUMNS, taps, 0, 3 * LANES, LANES, LANES)
+                            else:
+                                _taps_2(M, products, alpha * FILTERS * COLUMNS, FILTERS * COLUMNS, taps, 0, 3 * LANES, LANES, LANES)
+                            for lane in range(min(LANES, gw.shape[1] - c - half)):
+                                for tap in range(9):
+                                    before = gw[low + k, c + half + lane, tap // 3, tap % 3] if first else np.float32(0)
+                                    gw[low + k, c + half + lane, tap // 3, tap % 3] = before + taps[tap * LANES + lane]

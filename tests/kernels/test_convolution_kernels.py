@@ -16,10 +16,12 @@ from lightning_cnn.kernels.depthwise import depthwise, depthwise_weight
 
 
 def test_the_constant_matrices_are_those_of_cook_and_toom():
-    for m, B, A in ((2, winograd.INPUT_2, winograd.OUTPUT_2), (4, winograd.INPUT_4, winograd.OUTPUT_4)):
-        exact_A, _, exact_B = reference.cook_toom(m, 3)
+    matrices = (winograd.INPUT_2, winograd.OUTPUT_2, winograd.TAPS_2), (winograd.INPUT_4, winograd.OUTPUT_4, winograd.TAPS_4)
+    for m, (B, A, taps) in zip((2, 4), matrices, strict=True):
+        exact_A, exact_G, exact_B = reference.cook_toom(m, 3)
         assert tuple(map(tuple, exact_A)) == A
         assert tuple(map(tuple, exact_B)) == B
+        assert tuple(tuple(map(float, row)) for row in zip(*exact_G, strict=True)) == taps
 
 
 @given(data=st.data())
@@ -37,6 +39,24 @@ def test_winograd_for_any_border_and_any_share_of_the_work(data):
     workers, block, splits = draw(st.integers(1, 3)), draw(st.sampled_from([6, 12])), draw(st.integers(1, 3))
     winograd.winograd(pixels, U.numpy(), filled, y, m, *padding, workers, block, splits if splits <= U.shape[1] else 1)
     assert torch.allclose(torch.from_numpy(y).permute(0, 3, 1, 2), expected, atol=2e-3)
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_winograd_s_filter_gradient_for_any_border_and_any_share_of_the_work(data):
+    draw = data.draw
+    m, c, k = draw(st.sampled_from([2, 4])), draw(st.sampled_from([1, 16, 17, 40])), draw(st.sampled_from([1, 8, 13, 40]))
+    x = torch.randn(draw(st.integers(1, 2)), c, draw(st.integers(3, 14)), draw(st.integers(3, 14)))
+    geometry = Geometry(padding=(draw(st.integers(0, 3)), draw(st.integers(0, 3))))
+    g = torch.randn_like(conv2d(x, torch.empty(k, c, 3, 3), padding=geometry.padding))
+    gw = torch.full((k, c, 3, 3), torch.nan)
+    gw = gw.contiguous(memory_format=torch.channels_last) if draw(st.booleans()) else gw
+    pixels, gradient = (
+        torch.nn.functional.pad(of.permute(0, 2, 3, 1), (0, -of.shape[1] % to)).contiguous().numpy() for of, to in ((x, 16), (g, 8))
+    )
+    workers, block = draw(st.integers(1, 3)), draw(st.sampled_from([1, 5, 128]))
+    winograd.winograd_weight(pixels, gradient, gw.numpy(), m, *geometry.padding, workers, block)
+    assert torch.allclose(gw, default.weight_gradient(x, g, (3, 3), geometry), atol=5e-4)
 
 
 @given(data=st.data())

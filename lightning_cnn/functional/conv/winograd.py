@@ -60,16 +60,11 @@ def forward(
 ) -> Float[Tensor, "b k ho wo"]:
     """y = x * w for stride and dilation one and square filters, in output tiles of m x m."""
     r = weight.shape[2]
-    A, _, B = (_tensor(M, x) for M in cook_toom(m, r))
+    A = _tensor(cook_toom(m, r)[0], x)
     high, wide = output_size((x.shape[2], x.shape[3]), (r, r), geometry)
-    down, across = ceil(high / m), ceil(wide / m)
     U = transform(weight, m) if transformed is None else transformed
-    top, left = geometry.padding
-    padded = F.pad(x, (left, across * m + r - 1 - x.shape[3] - left, top, down * m + r - 1 - x.shape[2] - top))
-    tiles = padded.unfold(2, m + r - 1, m).unfold(3, m + r - 1, m)
-    V = torch.einsum("pi,bcuvij,qj->pqbuvc", B, tiles, B)
-    M = V.flatten(2, 4) @ U
-    y = torch.einsum("ip,pqnk,jq->nkij", A, M, A).unflatten(0, (x.shape[0], down, across))
+    V = _pictures(x, (high, wide), geometry.padding, m, r)
+    y = torch.einsum("ip,pqnk,jq->nkij", A, V.flatten(2, 4) @ U, A).unflatten(0, V.shape[2:5])
     return y.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)[:, :, :high, :wide]
 
 
@@ -80,10 +75,30 @@ def input_gradient(
     return forward(*gradient_as_forward(g, weight, geometry), m=m)
 
 
+def weight_gradient(
+    x: Float[Tensor, "b c h w"], g: Float[Tensor, "b k ho wo"], size: Pair, geometry: Geometry = PLAIN, m: int = 4
+) -> Float[Tensor, "k c r r"]:
+    """The forward pass backwards: gw = G^T [sum over tiles of (B^T x B) . (A g A^T)] G."""
+    r = size[0]
+    A, G, _ = (_tensor(M, x) for M in cook_toom(m, r))
+    V = _pictures(x, (g.shape[2], g.shape[3]), geometry.padding, m, r)
+    tiles = F.pad(g, (0, -g.shape[3] % m, 0, -g.shape[2] % m)).unfold(2, m, m).unfold(3, m, m)
+    D = torch.einsum("ip,bkuvij,jq->pqbuvk", A, tiles, A)
+    return torch.einsum("pi,pqkc,qj->kcij", G, D.flatten(2, 4).mT @ V.flatten(2, 4), G)
+
+
 def transform(weight: Float[Tensor, "k c r r"], m: int = 4) -> Float[Tensor, "a a c k"]:
     """U = G w G^T: the filters at the points."""
     G = _tensor(cook_toom(m, weight.shape[2])[1], weight)
     return torch.einsum("pi,kcij,qj->pqck", G, weight, G)
+
+
+def _pictures(x: Tensor, size: Pair, padding: Pair, m: int, r: int) -> Float[Tensor, "a a b down across c"]:
+    """V = B^T x B: the picture under each output tile at the points."""
+    B, (top, left) = _tensor(cook_toom(m, r)[2], x), padding
+    bottom, right = (ceil(size[i] / m) * m + r - 1 - x.shape[2 + i] - padding[i] for i in (0, 1))
+    tiles = F.pad(x, (left, right, top, bottom)).unfold(2, m + r - 1, m).unfold(3, m + r - 1, m)
+    return torch.einsum("pi,bcuvij,qj->pqbuvc", B, tiles, B)
 
 
 def _tensor(matrix: Matrix, like: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ def test_winograd_of_any_tile_equals_the_default(m, padding):
     assert torch.allclose(winograd.forward(x, w, geometry, m), y, atol=EXACT)
     expected = default.input_gradient(g, w, (12, 11), geometry)
     assert torch.allclose(winograd.input_gradient(g, w, (12, 11), geometry, m), expected, atol=EXACT)
+    expected = default.weight_gradient(x, g, (w.shape[2], w.shape[3]), geometry)
+    assert torch.allclose(winograd.weight_gradient(x, g, (w.shape[2], w.shape[3]), geometry, m), expected, atol=EXACT)
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
