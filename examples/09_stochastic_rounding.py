@@ -1,7 +1,7 @@
 """Sixteen bits train a network if they are rounded stochastically, and do not if they are rounded to the nearest (Gupta 2015).
 
 Result: fixed point (SGD): float32 97.0, <6,10> nearest 9.9 (chance), <6,10> stochastic 96.8; bfloat16 weights (AdamW): float32 89.3,
-nearest 74.8, stochastic 89.3, with 8-bit moments 89.6. Per cent of test digits, 3 seeds; 2 cores of an AMD EPYC (Zen 3), torch 2.15.0.
+nearest 74.6, stochastic 89.1, with 8-bit moments 89.3. Per cent of test digits, 3 seeds; 2 cores of an AMD EPYC (Zen 3), torch 2.15.0.
 Command: python examples/09_stochastic_rounding.py [--picture losses.png]
 """
 

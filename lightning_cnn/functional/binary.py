@@ -132,6 +132,7 @@ class _LSQ(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, step = ctx.saved_tensors
         count = x / step
-        inside = (count >= ctx.low) & (count <= ctx.high)
-        slope = torch.where(inside, count.round() - count, count.clamp(ctx.low, ctx.high))
-        return gradient * inside, (gradient * slope).sum() / (x.numel() * ctx.high) ** 0.5, None, None
+        nearest = count.clamp(ctx.low, ctx.high)
+        inside = nearest == count
+        slope = torch.where(inside, nearest.round() - count, nearest)
+        return torch.where(inside, gradient, 0), (gradient * slope).sum() / (x.numel() * ctx.high) ** 0.5, None, None

@@ -41,8 +41,16 @@ def bf16_units(device: torch.device) -> bool:
     """Whether bfloat16 products have hardware here; without, they are emulated and slow."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    found = (getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return device.type == "cpu" and any(found)
+    return device.type == "cpu" and _cpu_has("avx512_bf16", "amx_tile")
+
+
+def fp16_units(device: torch.device) -> bool:
+    """Whether float16 products have hardware here: all GPUs that torch supports do, few CPUs."""
+    return device.type == "cuda" or (device.type == "cpu" and _cpu_has("amx_fp16"))
+
+
+def _cpu_has(*units: str) -> bool:
+    return any(getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)() for unit in units)
 
 
 @cache

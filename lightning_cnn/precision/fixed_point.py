@@ -126,10 +126,12 @@ class FixedPoint(Precision):
             name = self._names.get(parameter)
             if name is None:
                 continue
+            value = parameter
             if "updates" in self.formats:
-                parameter.copy_(old + self.round(parameter - old, "updates", name))
+                value = old.add_(self.round(parameter.sub_(old), "updates", name))
             if "weights" in self.formats:
-                parameter.copy_(self.round(parameter, "weights", name))
+                value = self.round(value, "weights", name)
+            parameter.copy_(value)
 
     def _hook(self, name: str) -> Callable[..., Any]:
         @torch.compiler.disable
@@ -141,10 +143,15 @@ class FixedPoint(Precision):
 
     @torch.no_grad()
     def _count(self, name: str, x: Tensor, target: Format) -> None:
-        outside = ((x < target.low) | (x > target.high + 2.0**target.finest / 2)).float()
+        low, high = target.low, target.high + 2.0**target.finest / 2
         if name not in self.overflow:
             self.overflow[name] = torch.zeros(2, device=x.device, dtype=torch.float64)
-        self.overflow[name] += torch.stack([outside.sum(), torch.full_like(outside.sum(), x.numel())])
+        self.overflow[name][1] += x.numel()
+        if x.device.type == "cpu" and x.numel():  # one quick pass nearly always; a GPU would have to wait for the answer
+            smallest, largest = x.aminmax()
+            if low <= smallest and largest <= high:
+                return
+        self.overflow[name][0] += torch.count_nonzero((x < low) | (x > high))
 
     def _report_overflow(self, model: LightningModule) -> None:
         trainer = model.trainer

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_cnn.errors import NoEffectWarning, raise_all
-from lightning_cnn.functional.roofline import bf16_units
+from lightning_cnn.functional.roofline import bf16_units, fp16_units
 from lightning_cnn.functional.rounding import FLOATS, as_format, round_nearest
 from lightning_cnn.precision import _fused, _shadow, _states
 from lightning_cnn.precision._layers import NORMS
@@ -77,13 +77,6 @@ class StochasticRounding(Precision):
             for optimizer in optimizers
             if isinstance(optimizer, torch.optim.LBFGS)
         )
-        device = next((parameter.device for parameter in self._low), None)
-        if self.format == "bf16" and device is not None and device.type == "cpu" and not bf16_units(device):
-            warnings.warn(
-                "StochasticRounding: this CPU has no units for bfloat16, so convolutions are emulated: expect steps many times slower "
-                "than in float32. What is learnt is the same.",
-                stacklevel=2,
-            )
         self._optimizers = list(optimizers)
         self._steps = self._steps if len(self._steps) == len(optimizers) else [0] * len(optimizers)
         for optimizer in optimizers:
@@ -91,8 +84,13 @@ class StochasticRounding(Precision):
         return model, optimizers, lr_schedulers
 
     def forward_context(self) -> AbstractContextManager:
-        device = next((parameter.device.type for parameter in self._low), "cpu")
-        return torch.autocast(device, as_format(self.format).dtype)
+        """Products in the weights' format; in float32 on a CPU that would emulate them."""
+        device = next((parameter.device for parameter in self._low), torch.device("cpu"))
+        context = torch.autocast(device.type, as_format(self.format).dtype)
+        has_units = fp16_units(device) if self.format == "fp16" else bf16_units(device)
+        if device.type == "cpu" and not has_units:
+            context.fast_dtype = torch.float32  # which the constructor takes on a GPU only: weights are widened where they are used
+        return context
 
     def optimizer_step(self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         result = closure()

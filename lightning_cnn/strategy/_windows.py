@@ -67,15 +67,24 @@ def _conv2d(input: Any, weight: Tensor, bias: Any = None, stride: Any = 1, paddi
     windows = _Windows(input, weight.shape[2:], stride, padding, dilation)
     if not windows.fits:
         return NotImplemented
-    weight, bias = share(weight, input.grid), bias if bias is None else share(bias, input.grid)
+    device, dtype = input.part.device.type, _autocast_dtype(input.part)
+    weight = share(weight, input.grid).to(dtype)
+    bias = bias if bias is None else share(bias, input.grid).to(dtype)
 
     def convolved() -> Tensor:
-        return F.conv2d(windows.input(), weight, bias, _pair(stride), 0, _pair(dilation), groups)
+        return F.conv2d(windows.input().to(dtype), weight, bias, _pair(stride), 0, _pair(dilation), groups)
 
     # The part with its surroundings is asked for again in the backward pass (which stops before the convolution itself) instead of kept:
     # it would be a second copy of every activation, and cost what dividing the picture saves.
     again = torch.is_grad_enabled()
-    return windows.output(checkpoint(convolved, use_reentrant=False, preserve_rng_state=False) if again else convolved())
+    with torch.autocast(device, enabled=False):  # on a CPU `checkpoint` does not know all types of it
+        return windows.output(checkpoint(convolved, use_reentrant=False, preserve_rng_state=False) if again else convolved())
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """The type that products of x are computed in."""
+    cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
 
 
 @rule("max_pool2d")

@@ -1,5 +1,7 @@
 """What is special to weights in bfloat16; what every precision plugin promises is in test_contract."""
 
+from contextlib import nullcontext
+
 import lightning as L
 import pytest
 import torch
@@ -84,11 +86,70 @@ def test_a_model_of_norms_alone_is_warned_about():
         StochasticRounding().convert_module(nn.BatchNorm2d(2))
 
 
-@pytest.mark.parametrize(("format", "units", "told"), [("bf16", False, True), ("bf16", True, False), ("fp16", False, False)])
-def test_who_computes_in_bfloat16_without_units_for_it_is_warned(format, units, told, monkeypatch, recwarn):
-    monkeypatch.setattr(stochastic_rounding, "bf16_units", lambda device: units)
-    fit(Line(lr=0.1), StochasticRounding(format=format), 1)
-    assert any("no units for bfloat16" in str(warning.message) for warning in recwarn) == told
+def step(model, x, context):
+    """The output of a forward pass in this context, and the gradients."""
+    with context:
+        output = model(x)
+    output.float().square().mean().backward()
+    return output.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture
+def no_units(monkeypatch):
+    monkeypatch.setattr(stochastic_rounding, "bf16_units", lambda device: False)
+    monkeypatch.setattr(stochastic_rounding, "fp16_units", lambda device: False)
+
+
+class Layers(nn.Module):
+    """Every way a weight is used: layers of all kinds, a parameter of the module's own, a layer's weight in a function, one that recurs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.up = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 8, 2)
+        self.slope, self.bias, self.linear = nn.PReLU(8), nn.Parameter(torch.randn(8)), nn.Linear(8, 8, bias=False)
+        self.table, self.attention, self.memory = nn.Embedding(2, 8), nn.MultiheadAttention(8, 2), nn.LSTM(8, 8)
+
+    def forward(self, x):
+        x = self.slope(self.up(self.norm(self.conv(x)))).mean(3).permute(2, 0, 1) + self.bias
+        x = torch.nn.functional.linear(x, self.linear.weight) + self.table(torch.ones((), dtype=torch.int64))
+        return self.memory(self.attention(x, x, x)[0])[0]
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp16"])
+def test_a_cpu_without_units_for_the_format_computes_in_float32(format, no_units):
+    """The outputs are a float32 model's of the same weights, to the bit; the gradients are its, each rounded to the nearest."""
+    low, full, x = Layers(), Layers(), torch.randn(2, 3, 6, 6)
+    plugin = StochasticRounding(format=format)
+    plugin.convert_module(low)
+    full.load_state_dict(low.state_dict())
+    expected, gradients = step(full, x, nullcontext())
+    output, rounded = step(low, x, plugin.forward_context())
+    assert output.dtype == torch.float32
+    assert torch.equal(output, expected)
+    assert rounded["conv.weight"].dtype == low.conv.weight.dtype
+    once = [name for name in rounded if not name.startswith("memory")]  # what recurs adds up gradients that are rounded already
+    assert [name for name in once if not torch.equal(rounded[name], gradients[name].to(rounded[name].dtype))] == []
+
+
+def test_a_cpu_with_units_for_the_format_computes_in_it(monkeypatch):
+    monkeypatch.setattr(stochastic_rounding, "bf16_units", lambda device: True)
+    plugin, layer = StochasticRounding(), nn.Linear(2, 2)
+    plugin.convert_module(layer)
+    assert step(layer, torch.randn(1, 2), plugin.forward_context())[0].dtype == torch.bfloat16
+
+
+def test_compiled_it_computes_in_float32_too(no_units):
+    """With autograd traced as well; inductor's own sums are not the point."""
+    x, plugin = torch.randn(2, 3, 6, 6), StochasticRounding()
+    eager, model = (plugin.convert_module(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))) for _ in range(2))
+    model.load_state_dict(eager.state_dict())
+    output, gradients = step(eager, x, plugin.forward_context())
+    model.compile(backend="aot_eager")
+    compiled, traced = step(model, x, plugin.forward_context())
+    assert compiled.dtype == torch.float32
+    assert torch.equal(compiled, output)
+    assert all(torch.equal(traced[name], gradients[name]) for name in gradients)
 
 
 def test_layers_to_keep_stay_in_float32():

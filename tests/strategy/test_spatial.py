@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_cnn.errors import ConfigurationError
 from lightning_cnn.strategy import Spatial, diagnose
+from lightning_cnn.strategy._band import whole
+from lightning_cnn.strategy._grid import Grid
+from lightning_cnn.strategy.spatial import divide
 
 JOB = Path(__file__).with_name("spatial_job.py")
 
@@ -46,6 +50,24 @@ def test_whole_networks_stay_divided(found, case):
 def test_what_is_not_known_is_put_together_and_named(found):
     assert found["2x1-0"]["layer norm (put together)"]["put together"] == ["layer_norm"]
     assert found["2x1-0"]["shrinks to less than a row each"]["put together"] == ["conv2d"]
+
+
+@pytest.mark.forks
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_is_computed_again_is_computed_in_the_same_type(dtype, tmp_path):
+    """Autocast on a CPU, also to float32, in which StochasticRounding computes where bfloat16 would be emulated."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    layer, pictures, autocast = nn.Conv2d(2, 3, 3).bfloat16(), torch.randn(1, 2, 5, 5), torch.autocast("cpu")
+    autocast.fast_dtype = dtype
+    gradients = []
+    for x in (pictures, divide(pictures, Grid(1, 1, 0))):
+        with autocast:
+            y = whole(layer(x))
+        (gradient,) = torch.autograd.grad(y.float().square().sum(), layer.weight)
+        gradients.append(gradient)
+    torch.distributed.destroy_process_group()
+    assert y.dtype == dtype
+    assert torch.equal(*gradients)
 
 
 def test_wrong_arguments_are_named_at_once():
