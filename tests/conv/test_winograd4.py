@@ -12,6 +12,7 @@ from lightning_cnn.conv import report, swap
     [
         (nn.Conv2d(8, 8, 5), "needs 3x3 kernels, this one is 5x5"),
         (nn.Conv2d(8, 8, 3, stride=2), "needs stride 1 and dilation 1"),
+        (nn.Conv2d(8, 8, 3, dilation=2), "needs stride 1 and dilation 1"),
         (nn.Conv2d(8, 8, 3, groups=2), "needs one group"),
         (nn.Conv2d(8, 8, 3, dtype=torch.bfloat16), "lose half precision"),
     ],
