@@ -77,8 +77,10 @@ def winograd(x, U, bias, y, m, top, left, workers, block, splits):
     total, width = N * down * across, (panels + splits - 1) // splits
     pieces = ((total + block - 1) // block) * splits
     flat_x, flat_u, flat_y = x.reshape(-1), U.reshape(-1), y.reshape(-1)
+    # A tile's values are written one a frequency: a cache line more between two of them, or all would fall on a few sets of the cache.
+    apart_v, apart_m = block * C + COLUMNS, block * width * COLUMNS + COLUMNS
     for worker in prange(workers):
-        V, M = np.empty(P * block * C, np.float32), np.empty(P * block * width * COLUMNS, np.float32)
+        V, M = np.empty(P * apart_v, np.float32), np.empty(P * apart_m, np.float32)
         patch, pixels = np.empty(P * C, np.float32), np.empty(m * m * width * COLUMNS, np.float32)
         for piece in range(worker * pieces // workers, (worker + 1) * pieces // workers):
             first, low = piece // splits * block, piece % splits * width
@@ -91,29 +93,29 @@ def winograd(x, U, bias, y, m, top, left, workers, block, splits):
                     _gather(x, n, i, j, alpha, patch)
                     source, at, row = patch, 0, alpha * C
                 if m == 4:
-                    _input_4(source, at, row, C, V, t * C, alpha * block * C, block * C, C)
+                    _input_4(source, at, row, C, V, t * C, alpha * apart_v, apart_v, C)
                 else:
-                    _input_2(source, at, row, C, V, t * C, alpha * block * C, block * C, C)
+                    _input_2(source, at, row, C, V, t * C, alpha * apart_v, apart_v, C)
             for p in range(P):
                 for panel in range(K // COLUMNS):
                     for t in range(0, here, ROWS):
                         multiply_6x16(
-                            V, (p * block + t) * C, C, flat_u, (p * panels + low + panel) * C * COLUMNS,
-                            M, (p * block + t) * K + panel * COLUMNS, K, C,
+                            V, p * apart_v + t * C, C, flat_u, (p * panels + low + panel) * C * COLUMNS,
+                            M, p * apart_m + t * K + panel * COLUMNS, K, C,
                         )  # fmt: skip
             for t in range(here):
                 n, i, j = _place(first + t, down, across, m)
                 # Frequency (1, 1) reaches every pixel of the tile with weight one: the bias enters there.
                 for k in range(K):
-                    M[((alpha + 1) * block + t) * K + k] += bias[low * COLUMNS + k]
+                    M[(alpha + 1) * apart_m + t * K + k] += bias[low * COLUMNS + k]
                 whole = i + m <= Ho and j + m <= Wo and low * COLUMNS + K <= Kout
                 target, at, row, column = pixels, 0, m * K, K
                 if whole:
                     target, at, row, column = flat_y, ((n * Ho + i) * Wo + j) * Kout + low * COLUMNS, Wo * Kout, Kout
                 if m == 4:
-                    _output_4(M, t * K, alpha * block * K, block * K, target, at, row, column, K)
+                    _output_4(M, t * K, alpha * apart_m, apart_m, target, at, row, column, K)
                 else:
-                    _output_2(M, t * K, alpha * block * K, block * K, target, at, row, column, K)
+                    _output_2(M, t * K, alpha * apart_m, apart_m, target, at, row, column, K)
                 if not whole:
                     _scatter(pixels, y, n, i, j, low * COLUMNS, K, m)
 
@@ -130,8 +132,7 @@ def winograd_weight(x, g, gw, m, top, left, workers, block):
     alpha, down, across = m + 2, (Ho + m - 1) // m, (Wo + m - 1) // m
     P, total, groups = alpha * alpha, N * down * across, (K + FILTERS - 1) // FILTERS
     flat_x, flat_g = x.reshape(-1), g.reshape(-1)
-    # A panel of 16 channels, or 8 filters, has all its tiles of one frequency in a row. A cache line more than that lies between two
-    # frequencies: a tile's values, written one a frequency, would otherwise fall on one set of the cache.
+    # A panel of 16 channels, or 8 filters, has all its tiles of one frequency in a row.
     apart, apart_g = C * block + COLUMNS, K * block + COLUMNS
     V, D = np.empty(P * apart, np.float32), np.empty(P * apart_g, np.float32)
     for first in range(0, total, block):
