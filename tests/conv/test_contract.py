@@ -282,6 +282,22 @@ def test_a_bias_is_trained_alone(name):
     torch.testing.assert_close(layer.bias.grad, torch.full((8,), 2 * 9 * 9.0))
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_next_layer_may_work_in_place(name, recorded):
+    groups = 8 if name == "depthwise" else 1
+    stock, x = nn.Conv2d(8, 8, 3, padding=1, groups=groups), torch.randn(2, 8, 9, 9)
+    swapped, outputs = swap(copy.deepcopy(stock), name), []
+    for layer in (stock, swapped):
+        with torch.set_grad_enabled(recorded):
+            y = layer(x)
+        outputs.append(y.mul_(torch.ones(1, requires_grad=True)).relu_())
+        outputs[-1].sum().backward()
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=0)
+    if recorded:
+        torch.testing.assert_close(swapped.weight.grad, stock.weight.grad, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["im2col", "layout", "winograd4"])
 @pytest.mark.parametrize("last", [False, True])
 def test_gradients_have_the_memory_layout_that_torch_gives_them(name, last):
