@@ -284,9 +284,11 @@ def test_a_bias_is_trained_alone(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("recorded", [True, False])
-def test_the_next_layer_may_work_in_place(name, recorded):
+@pytest.mark.parametrize("last", [True, False])
+def test_the_next_layer_may_work_in_place(name, recorded, last):
     groups = 8 if name == "depthwise" else 1
-    stock, x = nn.Conv2d(8, 8, 3, padding=1, groups=groups), torch.randn(2, 8, 9, 9)
+    stock, x = nn.Conv2d(8, 8, 3, padding=1, groups=groups, bias=False), torch.randn(2, 8, 9, 9)
+    stock, x = (of.to(memory_format=torch.channels_last) if last else of for of in (stock, x))
     swapped, outputs = swap(copy.deepcopy(stock), name), []
     for layer in (stock, swapped):
         with torch.set_grad_enabled(recorded):
