@@ -5,7 +5,8 @@ class, 600 test pictures, seeds 0 to 4; 2 cores of an AMD EPYC (Zen 3).
 Command: python examples/01_add_callbacks.py
 """
 
-import argparse
+import sys
+from statistics import fmean
 
 import lightning as L
 import torch
@@ -50,18 +51,10 @@ def accuracy(callbacks, epochs, seed):
     return trainer.test(model, datamodule=data, verbose=False)[0]["accuracy"]
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="one seed, two epochs: to see that it runs")
-    seeds, epochs = ([0], 2) if parser.parse_args().quick else (range(5), 200)
+if __name__ == "__main__":
+    seeds, epochs = ([0], 2) if "--quick" in sys.argv else (range(5), 200)
     before = [accuracy([], epochs, seed) for seed in seeds]
     after = [accuracy([BatchAugmentation(augment="affine"), Marginalize(views=[Augmented(16)])], epochs, seed) for seed in seeds]
     gain = torch.tensor(after) - torch.tensor(before)
-    error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else float("nan")
-    print(
-        f"before {sum(before) / len(before):.3f}   with two lines {sum(after) / len(after):.3f}   gain {gain.mean():+.3f} ± {error:.3f}"
-    )
-
-
-if __name__ == "__main__":
-    main()
+    error = gain.std(correction=min(1, len(gain) - 1)) / len(gain) ** 0.5
+    print(f"before {fmean(before):.3f}   with two lines {fmean(after):.3f}   gain {gain.mean():+.3f} ± {error:.3f}")

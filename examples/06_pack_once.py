@@ -7,7 +7,7 @@ Both deliver the same bytes in the same order; packed ones lie channels_last in 
 Command: python examples/06_pack_once.py (2 shared AMD EPYC cores, torch 2.15.0); twin: experiment=pack_once
 """
 
-import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -39,10 +39,8 @@ def train(data, epochs):
     return trainer.callback_metrics
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    side, count, epochs = (64, 100, 1) if parser.parse_args().quick else (256, 1797, 6)
+if __name__ == "__main__":
+    side, count, epochs = (64, 100, 1) if "--quick" in sys.argv else (256, 1797, 6)
     with tempfile.TemporaryDirectory() as folder:
         root, files = Path(folder, "digits"), {split: Path(folder, f"{split}.pack") for split in ("train", "val")}
         write_folder(root, side, count)
@@ -53,16 +51,10 @@ def main():
             "packed": PackedDataModule(**files, lane="gather", batch_size=64),
         }
         for name, data in modules.items():
-            metrics = train(data, epochs)
+            end = train(data, epochs)
             start, loader = time.process_time(), data.train_dataloader()
             pictures = sum(len(batch.label) for _ in range(3) for batch in loader)
             cost = (time.process_time() - start) / pictures * 1e6
-            print(
-                f"{name:<18} accuracy {metrics['val_accuracy']:.4f}, loss {metrics['val_loss']:.6f}; loading: {cost:.1f} us of CPU a picture"
-            )
+            print(f"{name:18} accuracy {end['val_accuracy']:.4f}, loss {end['val_loss']:.6f}; loading: {cost:.1f} us of CPU a picture")
         pairs = zip(*(data.train_dataloader() for data in modules.values()), strict=True)
         print("same bytes and labels, batch by batch:", all(a.image.equal(b.image) and a.label.equal(b.label) for a, b in pairs))
-
-
-if __name__ == "__main__":
-    main()

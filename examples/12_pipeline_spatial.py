@@ -7,32 +7,28 @@ Command: python examples/12_pipeline_spatial.py
 
 import os
 import sys
-import time
 
 import lightning as L
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import distributed, nn
 
 from lightning_cnn.data import Digits
 from lightning_cnn.strategy import Pipeline, Spatial
 
 RUNS = {
-    "Spatial": lambda: Spatial(height=2),
-    "Pipeline (1f1b)": lambda: Pipeline(schedule="1f1b", micro_batches=4),
-    "Pipeline (zb)": lambda: Pipeline(schedule="zb", micro_batches=4),
-    "one process": lambda: "auto",
+    "Spatial": (2, lambda: Spatial(height=2)),
+    "Pipeline (1f1b)": (2, lambda: Pipeline(schedule="1f1b", micro_batches=4)),
+    "Pipeline (zb)": (2, lambda: Pipeline(schedule="zb", micro_batches=4)),
+    "one process": (1, lambda: "auto"),
 }
 
 
 class Net(L.LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.GroupNorm(8, 64), nn.ReLU(), nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10),
-        )  # fmt: skip
+        first = nn.Conv2d(1, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.ReLU(), nn.MaxPool2d(2)
+        second = nn.Conv2d(32, 64, 3, padding=1), nn.GroupNorm(8, 64), nn.ReLU(), nn.AdaptiveAvgPool2d(4)
+        self.net = nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10))
 
     def training_step(self, batch, _):
         return nn.functional.cross_entropy(self.net(batch[0] / 8 - 1), batch[1])
@@ -47,22 +43,18 @@ class Net(L.LightningModule):
 
 
 if __name__ == "__main__":
-    epochs = 1 if "--quick" in sys.argv else 3
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    for name, strategy in RUNS.items():
-        alone = name == "one process"
-        if alone and os.environ.get("LOCAL_RANK", "0") != "0":
+    quiet = dict(logger=False, enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False)
+    for name, (devices, make) in RUNS.items():
+        if devices == 1 and os.environ.get("LOCAL_RANK", "0") != "0":
             break
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
         L.seed_everything(0, verbose=False)
-        quiet = dict(logger=False, enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False)
-        trainer = L.Trainer(accelerator="cpu", devices=1 if alone else 2, strategy=strategy(), max_epochs=epochs, **quiet)
+        trainer = L.Trainer(max_epochs=1 if "--quick" in sys.argv else 3, accelerator="cpu", devices=devices, strategy=make(), **quiet)
         model, data = Net(), Digits(batch_size=64, size_px=16)
-        start = time.perf_counter()
-        trainer.fit(model, datamodule=data)
-        seconds = time.perf_counter() - start
-        found = trainer.test(model, datamodule=data, verbose=False)[0]
+        trainer.fit(model, data)
+        found = trainer.test(model, data, verbose=False)[0]
         if trainer.is_global_zero:
-            print(f"{name:16} accuracy {100 * found['accuracy']:.2f} %  loss {found['loss']:.12f}  {seconds:5.1f} s", flush=True)
+            print(f"{name:16} accuracy {100 * found['accuracy']:.2f} %  loss {found['loss']:.12f}", flush=True)

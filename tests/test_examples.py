@@ -53,7 +53,7 @@ def test_a_recipe_runs_when_asked_to_be_quick(path, tmp_path, monkeypatch):
 def test_a_recipe_is_short_and_says_what_it_measured(path):
     text = path.read_text()
     header = text.split('"""')[1]
-    assert len(text.splitlines()) <= 80
+    assert len(text.splitlines()) <= 60
     assert re.search(r"^Result: .*\d", header, re.MULTILINE), "the header needs a line 'Result: ...' with a measured number"
     assert f"python examples/{path.name}" in header
 
