@@ -69,6 +69,7 @@ class Store:
             _write(self.path, json.dumps({**body, "digest": _digest(body)}, indent=0))
         except OSError as error:
             log.warning("The measured choices could not be written to %s (%s); they hold for this run alone.", self.path, error)
+            self.path = None
 
     def _read(self) -> dict[str, str]:
         if self.path is None or not self.path.exists():

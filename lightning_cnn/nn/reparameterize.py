@@ -148,8 +148,9 @@ def _centred(conv: nn.Conv2d) -> bool:
 def _alone(traced: fx.GraphModule, node: object) -> nn.Conv2d | None:
     """The convolution of a node that is read once and called once."""
     conv = _module(traced, node, nn.Conv2d)
-    once = isinstance(node, fx.Node) and len(node.users) == 1 and len(node.args) == 1 and _used_once(traced, node)
-    return conv if conv is not None and once and type(conv) is nn.Conv2d else None
+    if type(conv) is not nn.Conv2d or not isinstance(node, fx.Node):
+        return None
+    return conv if len(node.users) == 1 and len(node.args) == 1 and _used_once(traced, node) else None
 
 
 def _module(traced: fx.GraphModule, node: object, kind: type[Kind]) -> Kind | None:

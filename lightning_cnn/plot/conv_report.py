@@ -1,5 +1,6 @@
 """A picture of `lightning_cnn.conv.report`: what each pass of each layer costs, and with which algorithm."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +16,12 @@ NAMES = ("winograd4", "depthwise", "winograd2", "layout", "im2col", "fft", "fft_
 def conv_report(rows: Sequence[Any]) -> Figure:
     """Bars of milliseconds by layer and pass; behind each, in outline, what the default would take.
 
-    `rows` have `layer`, `role`, `algorithm`, `seconds` and `speedup`, as `Report.rows` has; those without a time are left out.
+    `rows` have `layer`, `shape`, `role`, `algorithm`, `seconds` and `speedup`, as `Report.rows` has; those without a time are left out.
+    Where a layer has met pictures of several shapes, its bars say which.
     """
     timed = [row for row in rows if row.seconds]
+    several = Counter((row.layer, row.role) for row in timed)
+    names = [f"{row.layer} {row.role}" + f" {row.shape.split()[0]}" * (several[row.layer, row.role] > 1) for row in timed]
     colours = {"default": GREY, **dict(zip(NAMES, COLOURS, strict=False))}
     made, (axes,) = figure(8, 1.5 + 0.22 * len(timed))
     for place, row in enumerate(timed):
@@ -25,8 +29,8 @@ def conv_report(rows: Sequence[Any]) -> Figure:
         axes.barh(place, 1e3 * row.seconds, color=colours.get(row.algorithm, "black"))
         if row.algorithm != "default":
             axes.text(1e3 * row.seconds * row.speedup, place, f" {row.speedup:.1f}x", va="center", fontsize=7)
-    axes.set_yticks(range(len(timed)), [f"{row.layer} {row.role}" for row in timed], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(timed)), names, fontsize=7)
+    axes.set_ylim(len(timed) - 0.4, -0.6)
     axes.margins(x=0.08)
     axes.set_xlabel("milliseconds (outline: default)")
     used = dict.fromkeys(row.algorithm for row in timed)

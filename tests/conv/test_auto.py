@@ -113,6 +113,58 @@ def test_choices_with_which_the_whole_step_is_slower_are_taken_back(monkeypatch,
     assert not tuner.paused
 
 
+class Watched(Small):
+    """Notes for each batch whether the choices are at work, and who is asked to measure when."""
+
+    def __init__(self, tuner, fail_after):
+        super().__init__()
+        self.tuner, self.fail_after, self.training_batches, self.others = tuner, fail_after, [], []
+
+    def training_step(self, batch, batch_idx):
+        self.training_batches.append(self.tuner.paused)
+        if len(self.training_batches) == self.fail_after:
+            raise RuntimeError("lost")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.others.append(self.tuner.paused)
+
+
+def watched(monkeypatch, max_error, fail_after=None):
+    """A model beside a tuner of its own that chooses fft for all, and the callback that uses it."""
+    callback = ConvAlgorithm(trial_batches=5, cache=None, max_error=max_error)
+    said = _tuner.Decision("fft", 1, 2, 0, 0, "said")
+    monkeypatch.setattr(_tuner.Tuner, "measure", lambda self, calls: dict.fromkeys(calls, said))
+    return callback, Watched(_tuner.tuner_for(_tuner.Settings(max_error=max_error, cache=None).plan()), fail_after)
+
+
+def test_every_other_training_batch_after_the_first_two_runs_by_the_default_and_nothing_else_does(monkeypatch):
+    callback, model = watched(monkeypatch, 0.03)
+    fit(callback, model)
+    assert model.training_batches == [False, False, False, True, False, True]
+    assert not any(model.others)
+    assert len(model.others) == 3  # with the sanity check
+    assert [len(times) for times in callback._trial.times] == [2, 2]
+
+
+def test_an_exception_in_a_batch_of_the_default_lets_the_choices_work_again(monkeypatch):
+    callback, model = watched(monkeypatch, 0.04, fail_after=4)
+    with pytest.raises(RuntimeError, match="lost"):
+        fit(callback, model)
+    assert model.training_batches[-1] is True
+    assert not model.tuner.paused
+
+
+def test_what_was_put_off_is_measured_after_the_first_batch_and_choices_again_after_the_first_epoch(monkeypatch):
+    callback, model = watched(monkeypatch, 0.05)
+    said = []
+    monkeypatch.setattr(_tuner.Tuner, "tune_pending", lambda self: said.append(f"pending after {len(model.training_batches)}"))
+    monkeypatch.setattr(_tuner.Tuner, "recheck", lambda self: said.append(f"again after {len(model.training_batches)}"))
+    fit(callback, model, num_sanity_val_steps=0)
+    training = [entry for entry in dict.fromkeys(said) if entry != "pending after 0"]
+    assert training == ["pending after 1", "pending after 3", "again after 3", "pending after 4", "pending after 6"]
+
+
 @pytest.mark.parametrize(("algorithm", "files"), [("auto", ["convolutions.png", "convolutions.txt"]), ("fft", ["convolutions.txt"])])
 def test_the_run_s_folder_has_the_table_and_where_something_was_measured_the_picture(tmp_path, algorithm, files):
     logger = CSVLogger(tmp_path, name="", version="")

@@ -44,6 +44,7 @@ def test_a_choice_that_pays_in_its_place_stays(tmp_path):
     steps = Steps(tmp_path, fft_fft=2.0, fft_default=2.5, default_fft=2.5, default_default=3.0)
     assert steps.confirm() == pytest.approx(3 / 2)
     assert steps.algorithms == ["fft", "fft"]
+    assert [row.error for row in report(steps.model).rows] == [CHOSEN.error] * 2
     assert steps.steps == 2 + 10 * 2 * 2  # ten rounds with and without, two runs each
 
 

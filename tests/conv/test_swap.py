@@ -82,6 +82,15 @@ def test_a_picture_that_does_not_fit_is_refused_in_torch_s_words(name):
         layer.__class__ = nn.Conv2d
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_the_same_size_from_an_even_kernel_takes_one_more_zero_on_one_side(name, mode):
+    layer, x = nn.Conv2d(4, 4, (2, 4), padding="same", groups=4, padding_mode=mode), torch.randn(2, 4, 9, 8)
+    expected = layer(x)
+    assert torch.allclose(swap(layer, name)(x), expected, atol=1e-5)
+    assert expected.shape == x.shape
+
+
 def test_complex_pictures_and_double_precision_under_autocast_are_as_in_torch():
     for dtype in (torch.complex64, torch.float64):
         layer, x = nn.Conv2d(3, 4, 3, dtype=dtype), torch.randn(1, 3, 8, 8, dtype=dtype)

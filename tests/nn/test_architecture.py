@@ -121,6 +121,22 @@ def test_bytes_and_intensity_of_a_layer_by_hand():
     assert row.intensity == pytest.approx(2 * 800 * 36 / (4 * (400 + 800 + 288)))
 
 
+def test_a_layer_called_twice_has_two_rows_and_one_in_place_adds_nothing():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 3, 3), nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            return self.conv(self.relu(self.conv(x)))
+
+    found = architecture(Twice(), torch.rand(1, 3, 9, 9))
+    assert [row.output for row in found.rows] == [(1, 3, 7, 7), (1, 3, 7, 7), (1, 3, 5, 5)]
+    assert found["conv"].output == (1, 3, 5, 5)
+    assert found["relu"].activation_bytes == 0
+    assert found.activation_bytes == 4 * 3 * (49 + 25)
+
+
 def test_the_model_is_left_as_it_was():
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Dropout())
     model[2].eval()
@@ -140,6 +156,10 @@ def test_the_effective_field_is_smaller_than_the_theoretical_one():
     theoretical = architecture(model, torch.rand(1, 1, 41, 41))["9"].seen[0].size
     assert strength.sum() == pytest.approx(1, abs=1e-5)
     assert 3 < effective_size(strength) < theoretical == 21
+
+
+def test_the_middle_of_a_picture_that_is_wider_than_high():
+    assert effective_field(nn.Sequential(nn.Conv2d(1, 1, 1)), "0", torch.rand(1, 1, 9, 21)).nonzero().tolist() == [[4, 10]]
 
 
 def test_the_table_reads_from_the_first_layer_to_the_total():

@@ -77,12 +77,61 @@ def test_a_convolution_that_is_read_or_called_twice_is_left_alone():
     assert count(merged, nn.BatchNorm2d) == 1
 
 
+class Sum(nn.Module):
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second, self.bn = first, second, nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.bn(torch.relu(self.first(x) + self.second(x)))  # a norm that has nowhere to go
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        nn.Conv2d(8, 8, 3, padding=2, dilation=2),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(8, 8, 1, groups=8),
+        nn.Conv2d(8, 8, (3, 1), padding=(1, 0), dilation=(1, 2), groups=2),
+    ],
+)
+def test_branches_of_different_form_keep_their_sum(second):
+    for pair in ((nn.Conv2d(8, 8, 3, padding=1), second), (second, nn.Conv2d(8, 8, 3, padding=1))):
+        model = lived_in(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), Sum(*pair)))
+        image = torch.rand(1, 8, 9, 9, dtype=torch.float64)
+        merged = reparameterize(model)
+        assert torch.allclose(merged(image), model(image), rtol=0, atol=1e-12)
+        assert count(merged, nn.Conv2d) == 3
+
+
+def test_a_convolution_shared_by_two_norms_and_a_norm_by_batch_are_left_alone():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+            self.last, self.by_batch = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False, track_running_stats=False)
+            self.one, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            y = self.second(self.conv(torch.relu(self.first(self.conv(x)))))
+            return self.norm(self.one(self.by_batch(self.last(y))))
+
+    model, image = Shared(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    for norm in (model.first, model.second, model.norm):
+        norm.running_mean.uniform_()
+    model = model.double().eval()
+    merged = reparameterize(model)
+    assert torch.allclose(merged(image), model(image), rtol=0, atol=1e-12)
+    assert count(merged, nn.BatchNorm2d) == 3
+
+
 def test_the_original_is_not_touched():
-    model = lived_in(nn.Sequential(RepBlock()))
+    model = lived_in(nn.Sequential(RepBlock(), nn.Conv2d(8, 8, 1)))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    reparameterize(model)
+    merged = reparameterize(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert count(model, nn.Conv2d) == 2
+    assert count(model, nn.Conv2d) == 3
+    assert not {p.data_ptr() for p in merged.parameters()} & {p.data_ptr() for p in model.parameters()}
 
 
 def test_refusals_say_what_to_do():

@@ -113,6 +113,39 @@ def test_what_cannot_be_rewritten_is_refused_with_every_reason():
         factorize(model, layers="body.*")
 
 
+class Own(nn.Conv2d):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("conv", "why"),
+    [
+        (nn.Conv2d(8, 8, 6, padding=3), "not odd, square and centred"),
+        (nn.Conv2d(8, 8, 5, padding=2, dilation=2), "not odd, square and centred"),
+        (nn.Conv2d(8, 8, 5, padding=2, padding_mode="reflect"), "with reflect"),
+        (nn.Conv2d(8, 8, 5, padding="same"), "its padding is 'same'"),
+        (Own(8, 8, 5, padding=2), "it is a Own"),
+    ],
+)
+def test_a_convolution_of_another_form_is_left_alone(conv, why):
+    model = nn.Sequential(conv, nn.Conv2d(8, 8, 5, padding=2))
+    assert why in stack_small_filters(model).skipped["0"]
+    assert model[0] is conv
+
+
+def test_a_convolution_that_is_the_model_cannot_be_replaced():
+    with pytest.raises(UnsupportedLayerError, match="it is the model itself"):
+        factorize(nn.Conv2d(8, 8, 5))
+
+
+@pytest.mark.parametrize("rewrite", REWRITES)
+def test_precision_and_mode_are_those_of_the_convolution(rewrite):
+    model = network().double().eval()
+    rewrite(model, layers="2")
+    assert not any(module.training for module in model.modules())
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
 @pytest.mark.parametrize("rewrite", REWRITES)
 def test_a_rewritten_network_compiles_whole_and_its_gradients_are_those_of_eager(rewrite):
     model, image = network(), torch.rand(2, 3, 12, 12)
