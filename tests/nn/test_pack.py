@@ -13,6 +13,7 @@ from lightning_cnn.errors import NoEffectWarning, UnsupportedLayerError
 from lightning_cnn.nn import PackedConv2d, PackedLinear, pack
 from lightning_cnn.nn.low_bit import BitWidths, lower
 from lightning_cnn.nn.packed import NormMaxPool2d
+from lightning_cnn.nn.packed_chain import PackedChain
 
 
 def binary(model, scale=True, keep=()):
@@ -66,7 +67,7 @@ def test_a_residual_block_folds_norms_and_hands_on_words_inside():
     packed = pack(model)
     assert torch.equal(packed(x), model(x))
     assert [(m.to_words, m.folded) for m in packed.modules() if isinstance(m, PackedConv2d)] == [(True, True), (False, True)] * 2
-    assert type(packed) is nn.Sequential and type(packed[0]) is Residual
+    assert type(packed) is nn.Sequential and [type(block) for block in packed] == [PackedChain] * 2
 
 
 @pytest.mark.parametrize("threads", [1, 2])
