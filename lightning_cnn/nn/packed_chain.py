@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from lightning_cnn.kernels import xnor
 from lightning_cnn.kernels.bits import LAST, WORDS, Geometry
-from lightning_cnn.nn.packed import PackedConv2d
+from lightning_cnn.nn.packed import PackedConv2d, unobserved
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 IN_PLACE = (operator.iadd, "add_")
@@ -55,8 +55,8 @@ class PackedChain(nn.Module):
         return self._one_by_one(x) if found is None else _run(x, self.steps, self.layers, *found)
 
     def _plan(self, x: Tensor) -> Any:
-        """Sizes and places of the values; None where a compiler or a hook looks on, or what is given has no place in a kernel."""
-        if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype != torch.float32 or x.dim() != 4 or any(self.hooks):
+        """Sizes and places of the values; None where somebody or a hook looks on, or what is given has no place in a kernel."""
+        if not unobserved(x) or x.dtype != torch.float32 or x.dim() != 4 or any(self.hooks):
             return None
         if any(layer.finish.dtype not in (torch.float32, torch.int32) for layer in self.layers):
             return None

@@ -89,6 +89,20 @@ def test_a_norm_before_a_max_pool_goes_into_it(channels, pool, memory_format, th
     assert type(packed[3]) is NormMaxPool2d and type(packed[1]) is nn.Identity
 
 
+def test_a_norm_in_a_pool_is_saved_and_loaded(tmp_path):
+    def make():
+        layers = nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.MaxPool2d(2), nn.Conv2d(16, 5, 1)
+        return binary(nn.Sequential(*layers), keep=("0",))
+
+    model, x = make(), torch.randn(2, 3, 9, 9)
+    save_file(pack(model).state_dict(), tmp_path / "packed.safetensors")
+    state, fresh = load_file(tmp_path / "packed.safetensors"), pack(make())
+    assert state["2.affine"].shape == (2, 16) and not any(key.startswith("1.") for key in state)
+    assert not torch.equal(fresh(x), model(x))
+    fresh.load_state_dict(state)
+    assert type(fresh[2]) is NormMaxPool2d and torch.equal(fresh(x), model(x))
+
+
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, dilation=2), nn.AvgPool2d(2)])
 def test_other_pools_stay_as_they_are(pool):
     model = binary(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), pool, nn.Conv2d(8, 5, 1)), keep=("0",))
@@ -173,6 +187,21 @@ def test_packed_layers_compile_and_pass_opcheck():
             torch.library.opcheck(xnor_conv2d, (value, *constants))
         pool = NormMaxPool2d(model[1], nn.MaxPool2d(3, 2, 1))
         torch.library.opcheck(norm_pool2d, (torch.randn(2, 8, 5, 6), pool.affine, pool.window))
+        class Residual(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+            def forward(self, x):
+                return self.b(self.a(x)) + x
+
+        stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.MaxPool2d(2), Residual()).eval()
+        for layer in (stem[3].a, stem[3].b):
+            lower(layer, BitWidths())
+        packed, images = pack(stem), torch.randn(2, 3, 11, 12)
+        assert [type(module).__name__ for module in packed] == ["Conv2d", "Identity", "NormMaxPool2d", "PackedChain"]
+        with torch.inference_mode():
+            assert torch.equal(torch.compile(packed, fullgraph=True, backend="aot_eager")(images), stem(images))
         trained = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert torch.equal(trained(x), model(x))
         trained(x).sum().backward()

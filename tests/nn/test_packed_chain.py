@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lightning_cnn.errors import UnsupportedLayerError
 from lightning_cnn.nn import pack
@@ -146,6 +147,20 @@ def test_hooks_of_inner_modules_are_called():
     assert torch.equal(packed(x), want) and seen == [torch.int64]
     handle.remove()
     assert torch.equal(packed(x), want) and len(seen) == 1
+
+
+@pytest.mark.parametrize("form", ["jit.trace", "make_fx", "vmap", "one layer"])
+def test_whoever_records_the_operators_sees_them(form):
+    """A tracer that saw none would keep the result on its example as a constant."""
+    model = words_of(nn.Sequential(Block(16, 16)) if form != "one layer" else nn.Conv2d(16, 16, 3))
+    packed, x, example = pack(model), torch.randn(1, 16, 5, 5), torch.randn(1, 16, 5, 5)
+    with torch.inference_mode(form == "vmap"):
+        if form == "jit.trace":
+            traced = torch.jit.trace(lambda x: packed(x), example, check_trace=False)
+        else:
+            traced = torch.vmap(packed) if form == "vmap" else make_fx(packed)(example)
+        got = traced(x[None])[0] if form == "vmap" else traced(x)
+    assert torch.equal(got, model(x))
 
 
 def test_memory_is_used_again():
