@@ -21,7 +21,7 @@ from torch import nn
 from lightning_cnn.kernels.bits import Geometry
 from lightning_cnn.kernels.xnor import panels, prefers_tables
 from lightning_cnn.nn import pack
-from lightning_cnn.nn.packed import PackedConv2d, xnor_conv2d
+from lightning_cnn.nn.packed import xnor_conv2d
 from lightning_cnn.precision import xnor_net
 
 SHAPES = [(64, 56), (128, 28), (256, 14), (512, 7)]
@@ -86,15 +86,12 @@ PARTS = ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", 
 
 
 def breakdown_rows(threads: int, n: int) -> list[Row]:
-    """Milliseconds of each part of the packed network, of its packed layers, and of what is left to residual adds and Python."""
+    """Milliseconds of each part of the packed network, of the whole, and of what lies between the parts."""
     network, x = packed_network()
-    layers = [layer for layer in network.modules() if isinstance(layer, PackedConv2d)]
-    taken: dict[str, list[float]] = {name: [0.0] for name in (*PARTS, "packed layers", "whole")}
+    taken: dict[str, list[float]] = {name: [0.0] for name in (*PARTS, "whole")}
     watch(network, taken["whole"])
     for name in PARTS:
         watch(network.get_submodule(name), taken[name])
-    for layer in layers:
-        watch(layer, taken["packed layers"])
     rounds = []
     for _ in range(3 + n):
         for spent in taken.values():
@@ -102,8 +99,7 @@ def breakdown_rows(threads: int, n: int) -> list[Row]:
         network(x)
         rounds.append({name: 1e3 * spent[0] for name, spent in taken.items()})
     found = {name: median(one[name] for one in rounds[3:]) for name in taken}
-    blocks = sum(found[name] for name in PARTS if name.startswith("layer"))
-    found["residual adds, Python"] = blocks - found["packed layers"]
+    found["between the parts"] = found["whole"] - sum(found[name] for name in PARTS)
     return [Row(f"packed ResNet-18, {name}, threads {threads}", "-", ms, None, "ms", n=n) for name, ms in found.items()]
 
 

@@ -126,12 +126,14 @@ def taps_inside(position, stride, padding, dilation, taps, size):
 
 def _affine_of(count: int) -> Any:
     def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        sums, total, affine, pitch, out = arguments
+        sums, total, affine, pitch, plus, out = arguments
         floats = ir.VectorType(ir.FloatType(), count)
         scale, bias, gain, offset = (load(b, b.add(affine, b.mul(pitch, ir.Constant(ADDRESS, row))), floats, 4) for row in range(4))
         scaled = b.fadd(b.fmul(b.sitofp(_dots(b, sums, total, count), floats), scale), bias)
         fused = cgutils.get_or_insert_function(b.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fma.v{count}f32")
         store(b, b.call(fused, (scaled, gain, offset)), out, 4)
+        with b.if_then(b.icmp_unsigned("!=", plus, ir.Constant(ADDRESS, 0))):
+            store(b, b.fadd(load(b, out, floats, 4), load(b, plus, floats, 4)), out, 4)
         return context.get_dummy_value()
 
     return build
@@ -146,15 +148,15 @@ def _dots(b: Any, sums: Any, total: Any, count: int) -> Any:
 
 
 @intrinsic
-def _sixteen_floats(typingctx, sums, total, affine, pitch, out):
+def _sixteen_floats(typingctx, sums, total, affine, pitch, plus, out):
     """Sixteen filters of `finish_floats`, by addresses."""
-    return types.void(types.intp, types.int32, types.intp, types.intp, types.intp), _affine_of(16)
+    return types.void(types.intp, types.int32, *[types.intp] * 4), _affine_of(16)
 
 
 @intrinsic
-def _one_float(typingctx, sums, total, affine, pitch, out):
+def _one_float(typingctx, sums, total, affine, pitch, plus, out):
     """One filter of `finish_floats`, by addresses."""
-    return types.void(types.intp, types.int32, types.intp, types.intp, types.intp), _affine_of(1)
+    return types.void(types.intp, types.int32, *[types.intp] * 4), _affine_of(1)
 
 
 @intrinsic
@@ -171,15 +173,17 @@ def _word(typingctx, sums, total, threshold, flip, out):
 
 
 @compiled
-def finish_floats(sums, total, affine, filters, out, count):
+def finish_floats(sums, total, affine, filters, plus, out, count):
     """`out[c] = ((total - 2 sums[c]) * scale + bias) * gain + offset`; the last two are one FMA, as in PyTorch's batch norm.
 
-    Addresses of `count` uint16 and float32; `affine` that of the first one's scale, in an array (4, filters).
+    Addresses of `count` uint16 and float32; `affine` that of the first one's scale, in an array (4, filters); `plus` that of what is
+    added to the rounded result, or 0.
     """
+    step = 4 * min(plus, 1)
     for c in range(0, count - 15, 16):
-        _sixteen_floats(sums + 2 * c, np.int32(total), affine + 4 * c, 4 * filters, out + 4 * c)
+        _sixteen_floats(sums + 2 * c, np.int32(total), affine + 4 * c, 4 * filters, plus + step * c, out + 4 * c)
     for c in range(count - count % 16, count):
-        _one_float(sums + 2 * c, np.int32(total), affine + 4 * c, 4 * filters, out + 4 * c)
+        _one_float(sums + 2 * c, np.int32(total), affine + 4 * c, 4 * filters, plus + step * c, out + 4 * c)
 
 
 @compiled

@@ -44,19 +44,21 @@ def panels(negative: np.ndarray, dilation_w: int = 1, tables: bool | None = None
 
 def convolve(
     x: int, layout: int, size: Sequence[int], panel: int, finish: int, out: int, filters: int, to_words: bool,
-    geometry: Sequence[int], threads: int = 1, tables: bool | None = None,
+    geometry: Sequence[int], threads: int = 1, tables: bool | None = None, plus: int = 0,
 ) -> None:  # fmt: skip
     """Convolve the signs of `x`, zero-padded, and finish into `out`, (n, h, w, k) float32 or (n, h, w, ceil(k / 64)) words.
 
     `x` of `size` (n, h, w), `panel` (by `panels`), `finish` (float32 (4, k), or `bits.thresholds`) and `out` are addresses of contiguous
-    arrays. Sums are exact; a product is +-1, a padded tap 0.
+    arrays; floats of the result's shape at `plus` are added to it. Sums are exact; a product is +-1, a padded tap 0.
     """
     tables = prefers_tables() if tables is None else tables
     words = None
     if layout == FIRST or (layout == LAST and not tables):
         words = pack(x, layout, size, geometry[0], threads)
         x, layout = words.ctypes.data, WORDS
-    chosen(xnor_avx2.CONVOLVE if tables else _CONVOLVE, threads)(x, layout, *size, panel, finish, out, filters, to_words, *geometry)
+    chosen(xnor_avx2.CONVOLVE if tables else _CONVOLVE, threads)(
+        x, layout, *size, panel, finish, plus, out, filters, to_words, *geometry
+    )
 
 
 @intrinsic
@@ -83,7 +85,7 @@ def _count(value, place, found, panel, filters, count):
 
 
 def _convolve(
-    x, _layout, batch, height, width, panel, finish, out, filters, to_words,
+    x, _layout, batch, height, width, panel, finish, plus, out, filters, to_words,
     channels, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
 ):  # fmt: skip
     rows = (height + 2 * padding_h - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
@@ -111,7 +113,8 @@ def _convolve(
             if to_words:
                 finish_words(of_sums, total, finish, finish + (filters + 127) // 128 * 512, out + 8 * pixel * words, words)
             else:
-                finish_floats(of_sums, total, finish, filters, out + 4 * pixel * filters, filters)
+                at = 4 * pixel * filters
+                finish_floats(of_sums, total, finish, filters, plus + at * min(plus, 1), out + at, filters)
 
 
 _CONVOLVE = both(_convolve)

@@ -103,7 +103,7 @@ def _multiply(inputs, panel, offsets, lanes, g, size, begin, end, sums):
 
 
 @compiled
-def _finish(sums, first, lanes, g, size, n, begin, end, finish, out, filters, to_words):
+def _finish(sums, first, lanes, g, size, n, begin, end, finish, plus, out, filters, to_words):
     """The sums of `_multiply` into an image of floats (h, w, k) or words (h, w, k / 64)."""
     taps, fill = g.kernel_h * g.kernel_w, 4 * size.quads - g.channels
     words = (filters + 63) // 64
@@ -123,15 +123,15 @@ def _finish(sums, first, lanes, g, size, n, begin, end, finish, out, filters, to
                 to = out + 8 * (pixel * words + first // 64)
                 finish_words(row, total, finish + 4 * first, flip, to, min(lanes // 64, words - first // 64))
             else:
-                to = out + 4 * (pixel * filters + first)
-                finish_floats(row, total, finish + 4 * first, filters, to, min(lanes, filters - first))
+                at = 4 * (pixel * filters + first)
+                finish_floats(row, total, finish + 4 * first, filters, plus + at * min(plus, 1), out + at, min(lanes, filters - first))
         x += 1
         if x == 2 * size.pairs:
             x, y = 0, y + 1
 
 
 @compiled
-def _task(task, groups, batch, inputs, panel, offsets, lanes, g, size, finish, out, filters, to_words):
+def _task(task, groups, batch, inputs, panel, offsets, lanes, g, size, finish, plus, out, filters, to_words):
     """A group of pixel pairs of an image by a block of filters. Neighbouring tasks share the filters."""
     block, n, group = task // (batch * groups), task // groups % batch, task % groups
     pairs = size.height * size.pairs
@@ -142,11 +142,11 @@ def _task(task, groups, batch, inputs, panel, offsets, lanes, g, size, finish, o
     rows = size.from_height + 2 * g.padding_h
     image = np.int64(inputs.ctypes.data) + 2 * n * rows * size.columns * size.quads
     _multiply(image, panel + block * 3 * offsets.size * lanes, offsets, lanes, g, size, begin, end, sums)
-    _finish(sums, block * lanes, lanes, g, size, n, begin, end, finish, out, filters, to_words)
+    _finish(sums, block * lanes, lanes, g, size, n, begin, end, finish, plus, out, filters, to_words)
 
 
 def _convolve(
-    x, layout, batch, height, width, panel, finish, out, filters, to_words,
+    x, layout, batch, height, width, panel, finish, plus, out, filters, to_words,
     channels, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
 ):  # fmt: skip
     g = Geometry(channels, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w)
@@ -163,7 +163,7 @@ def _convolve(
     lanes, offsets = LANES * vectors_for(filters), _offsets(g, size)
     groups = (out_h * pairs + _PAIRS - 1) // _PAIRS
     for task in prange((filters + lanes - 1) // lanes * batch * groups):
-        _task(task, groups, batch, inputs, panel, offsets, lanes, g, size, finish, out, filters, to_words)
+        _task(task, groups, batch, inputs, panel, offsets, lanes, g, size, finish, plus, out, filters, to_words)
 
 
 CONVOLVE = both(_convolve)

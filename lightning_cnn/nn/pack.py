@@ -12,6 +12,7 @@ from lightning_cnn.errors import NoEffectWarning
 from lightning_cnn.kernels.bits import Geometry
 from lightning_cnn.nn.low_bit import LowBitLinear
 from lightning_cnn.nn.packed import NormMaxPool2d, PackedConv2d, PackedLinear, geometry_of
+from lightning_cnn.nn.packed_chain import chain_of
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +45,26 @@ def pack(model: nn.Module) -> nn.Module:
     for norm, pool in pools:
         _put(packed, pool, NormMaxPool2d(packed.get_submodule(norm), packed.get_submodule(pool)))  # pyright: ignore[reportArgumentType]
         _put(packed, norm, nn.Identity())
+    chains = _link(packed)
     left = [name for name, module in packed.named_modules() if hasattr(module, "bits")]
     log.info(
-        "pack: %d layers packed, %d norms folded, %d hand on words, %d max pools take a norm; left as they are: %s",
+        "pack: %d layers packed, %d norms folded, %d hand on words, %d max pools take a norm, %d modules run in one go; "
+        "left as they are: %s",
         *(len(layers), sum(f[0] is not None for f in followers.values()), sum(f[2] for f in followers.values()), len(pools)),
-        left or "none",
+        *(chains, left or "none"),
     )
     return packed
+
+
+def _link(model: nn.Module) -> int:
+    """Make chains of the outermost modules inside `model` that can be; returns how many."""
+    found = 0
+    for name, child in model.named_children():
+        chain = chain_of(child)
+        if chain is not None:
+            setattr(model, name, chain)
+        found += _link(child) if chain is None else 1
+    return found
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

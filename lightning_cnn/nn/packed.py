@@ -8,11 +8,14 @@ Source: Rastegari et al. 2016, XNOR-Net, arXiv:1603.05279; Umuroglu et al. 2017,
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from lightning_cnn.errors import UnsupportedLayerError
 from lightning_cnn.kernels import xnor
@@ -21,7 +24,7 @@ from lightning_cnn.kernels.norm_pool import norm_pool as pool_by_address
 from lightning_cnn.nn.low_bit import LowBitConv2d, LowBitLinear
 
 
-def _xnor_conv2d(x: Tensor, panel: Tensor, finish: Tensor, filters: int, geometry: list[int], to_words: bool) -> Tensor:
+def _xnor_conv2d(x: Tensor, panel: Tensor, finish: Tensor, filters: int, geometry: Sequence[int], to_words: bool) -> Tensor:
     # Little Python: between large layers its own memory is out of the cache, and a line costs ten times what it does in a loop.
     _check(finish, torch.int32 if to_words else torch.float32)
     if x.dtype == torch.int64:
@@ -42,6 +45,12 @@ def _xnor_conv2d(x: Tensor, panel: Tensor, finish: Tensor, filters: int, geometr
     addresses = panel.data_ptr(), finish.data_ptr(), out.data_ptr()
     xnor.convolve(x.data_ptr(), layout, (n, h, w), *addresses, filters, to_words, geometry, torch.get_num_threads())
     return out if to_words else out.permute(0, 3, 1, 2)
+
+
+def unobserved(x: Tensor) -> bool:
+    """Whether `x` is plain memory, with no compiler, tracer, mode or transform that must be shown an operator."""
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or _len_torch_dispatch_stack() > 0
+    return type(x) is Tensor and not watched and peek_interpreter_stack() is None
 
 
 def _check(coefficients: Tensor, dtype: torch.dtype) -> None:
@@ -121,8 +130,9 @@ class _Packed(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """`xnor_conv2d` with this layer's buffers."""
-        buffers = self._buffers  # an attribute of a module is a function call
-        return xnor_conv2d(x, buffers["panel"], buffers["finish"], self.filters, self.geometry, self.to_words)
+        buffers: dict[str, Any] = self._buffers  # an attribute of a module is a function call
+        run = _xnor_conv2d if unobserved(x) else xnor_conv2d  # an operator takes 10 us a call more than its function
+        return run(x, buffers["panel"], buffers["finish"], self.filters, self.geometry, self.to_words)
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.geometry[:3]))

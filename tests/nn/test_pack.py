@@ -13,6 +13,7 @@ from lightning_cnn.errors import NoEffectWarning, UnsupportedLayerError
 from lightning_cnn.nn import PackedConv2d, PackedLinear, pack
 from lightning_cnn.nn.low_bit import BitWidths, lower
 from lightning_cnn.nn.packed import NormMaxPool2d
+from lightning_cnn.nn.packed_chain import PackedChain
 
 
 def binary(model, scale=True, keep=()):
@@ -66,7 +67,7 @@ def test_a_residual_block_folds_norms_and_hands_on_words_inside():
     packed = pack(model)
     assert torch.equal(packed(x), model(x))
     assert [(m.to_words, m.folded) for m in packed.modules() if isinstance(m, PackedConv2d)] == [(True, True), (False, True)] * 2
-    assert type(packed) is nn.Sequential and type(packed[0]) is Residual
+    assert type(packed) is nn.Sequential and [type(block) for block in packed] == [PackedChain] * 2
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -86,6 +87,20 @@ def test_a_norm_before_a_max_pool_goes_into_it(channels, pool, memory_format, th
         assert torch.equal(packed(x), model(x))
     torch.set_num_threads(before)
     assert type(packed[3]) is NormMaxPool2d and type(packed[1]) is nn.Identity
+
+
+def test_a_norm_in_a_pool_is_saved_and_loaded(tmp_path):
+    def make():
+        layers = nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.MaxPool2d(2), nn.Conv2d(16, 5, 1)
+        return binary(nn.Sequential(*layers), keep=("0",))
+
+    model, x = make(), torch.randn(2, 3, 9, 9)
+    save_file(pack(model).state_dict(), tmp_path / "packed.safetensors")
+    state, fresh = load_file(tmp_path / "packed.safetensors"), pack(make())
+    assert state["2.affine"].shape == (2, 16) and not any(key.startswith("1.") for key in state)
+    assert not torch.equal(fresh(x), model(x))
+    fresh.load_state_dict(state)
+    assert type(fresh[2]) is NormMaxPool2d and torch.equal(fresh(x), model(x))
 
 
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, dilation=2), nn.AvgPool2d(2)])
@@ -172,6 +187,21 @@ def test_packed_layers_compile_and_pass_opcheck():
             torch.library.opcheck(xnor_conv2d, (value, *constants))
         pool = NormMaxPool2d(model[1], nn.MaxPool2d(3, 2, 1))
         torch.library.opcheck(norm_pool2d, (torch.randn(2, 8, 5, 6), pool.affine, pool.window))
+        class Residual(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+            def forward(self, x):
+                return self.b(self.a(x)) + x
+
+        stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.MaxPool2d(2), Residual()).eval()
+        for layer in (stem[3].a, stem[3].b):
+            lower(layer, BitWidths())
+        packed, images = pack(stem), torch.randn(2, 3, 11, 12)
+        assert [type(module).__name__ for module in packed] == ["Conv2d", "Identity", "NormMaxPool2d", "PackedChain"]
+        with torch.inference_mode():
+            assert torch.equal(torch.compile(packed, fullgraph=True, backend="aot_eager")(images), stem(images))
         trained = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert torch.equal(trained(x), model(x))
         trained(x).sum().backward()
