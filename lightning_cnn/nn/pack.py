@@ -12,7 +12,7 @@ from lightning_cnn.errors import NoEffectWarning
 from lightning_cnn.kernels.bits import Geometry
 from lightning_cnn.nn.low_bit import LowBitLinear
 from lightning_cnn.nn.packed import NormMaxPool2d, PackedConv2d, PackedLinear, geometry_of
-from lightning_cnn.nn.packed_chain import chain_of
+from lightning_cnn.nn.packed_chain import link
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +58,7 @@ def pack(model: nn.Module) -> nn.Module:
 
 def _link(model: nn.Module) -> int:
     """Make chains of the outermost modules inside `model` that can be; returns how many."""
-    found = 0
-    for name, child in model.named_children():
-        chain = chain_of(child)
-        if chain is not None:
-            setattr(model, name, chain)
-        found += _link(child) if chain is None else 1
-    return found
+    return sum(1 if link(child) else _link(child) for child in model.children())
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -7,7 +7,7 @@ the layer that writes its later operand, so that it is neither a call nor anothe
 
 import operator
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -39,38 +39,38 @@ class Step(NamedTuple):
 
 
 class PackedChain(nn.Module):
-    """`module` in `steps`, with its children under their names; equal to it bit for bit."""
+    """The first base of a chain's class; the second is the class it had, whose forward it falls back to. Equal to it bit for bit.
 
-    def __init__(self, module: nn.Module, steps: Sequence[Step]) -> None:
-        super().__init__()
-        self.steps = tuple(steps)
-        for name, child in module.named_children():
-            self.add_module(name, child)
-        # Lists, read without the lookups of a module: they would take as long as the calls that a chain saves.
-        self.layers: list[Any] = [self.get_submodule(step.layer) for step in steps]
-        self.hooks = [hooks for inner in self.modules() for hooks in (inner._forward_hooks, inner._forward_pre_hooks)]
+    A hook on any module inside, a compiler and whoever records operators find the forward as it was written.
+    """
+
+    _chain: tuple[tuple[Step, ...], list[Any], list[Any]]  # steps, their layers, all hooks inside; without a module's slow look-ups
 
     def forward(self, x: Tensor) -> Tensor:
         found = self._plan(x)
-        return self._one_by_one(x) if found is None else _run(x, self.steps, self.layers, *found)
+        return super().forward(x) if found is None else _run(x, *self._chain[:2], *found)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _plan(self, x: Tensor) -> Any:
         """Sizes and places of the values; None where somebody or a hook looks on, or what is given has no place in a kernel."""
-        if not unobserved(x) or x.dtype != torch.float32 or x.dim() != 4 or any(self.hooks):
+        steps, layers, hooks = self._chain
+        if not unobserved(x) or x.dtype != torch.float32 or x.dim() != 4 or any(hooks):
             return None
-        if any(layer.finish.dtype not in (torch.float32, torch.int32) for layer in self.layers):
+        if any(layer.finish.dtype not in (torch.float32, torch.int32) for layer in layers):
             return None
-        return _places(self.steps, (x.shape[0], *x.shape[2:]))
+        return _places(steps, (x.shape[0], *x.shape[2:]))
 
-    def _one_by_one(self, x: Tensor) -> Tensor:
-        values = [x]
-        for step, layer in zip(self.steps, self.layers, strict=True):
-            y = layer(values[step.source])
-            values.append(y if step.plus is None else y + values[step.plus])
-        return values[-1]
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _bare, (type(self).__bases__[1],), self.__dict__
 
-    def extra_repr(self) -> str:
-        return f"{len(self.steps)} steps, {sum(step.plus is not None for step in self.steps)} additions"
+
+@cache
+def _class_of(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Packed{kind.__name__}", (PackedChain, kind), {"__module__": kind.__module__})
+
+
+def _bare(kind: type[nn.Module]) -> nn.Module:
+    made = _class_of(kind)
+    return made.__new__(made)
 
 
 @lru_cache(maxsize=64)
@@ -121,15 +121,19 @@ class _Tracer(fx.Tracer):
         return isinstance(m, PackedConv2d) or super().is_leaf_module(m, module_qualified_name)
 
 
-def chain_of(module: nn.Module) -> PackedChain | None:
-    """`module` as a chain; None where it has fewer than two packed layers or does anything but run them and add."""
+def link(module: nn.Module) -> bool:
+    """Make `module` a chain; False where it has fewer than two packed layers or does anything but run them and add."""
     if sum(isinstance(inner, PackedConv2d) for inner in module.modules()) < 2 or next(module.parameters(), None) is not None:
-        return None
+        return False
     try:
         steps = _steps(_Tracer().trace(module), module)
     except Exception:  # whatever a forward may raise on being traced: it then stays as it is
-        return None
-    return PackedChain(module, steps) if steps else None
+        return False
+    if steps:
+        hooks = [hooks for inner in module.modules() for hooks in (inner._forward_hooks, inner._forward_pre_hooks)]
+        module.__dict__["_chain"] = tuple(steps), [module.get_submodule(step.layer) for step in steps], hooks
+        module.__class__ = _class_of(type(module))
+    return bool(steps)
 
 
 def _steps(graph: fx.Graph, module: nn.Module) -> list[Step]:

@@ -1,6 +1,7 @@
 """A module of packed layers and additions runs in one go and stays equal, bit for bit."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_residual_blocks_are_one_chain_that_equals_them(memory_format, threads):
             assert torch.equal(packed(y), model(y))
     torch.set_num_threads(before)
     (chain,) = chains(packed)
-    assert [step.plus for step in chain.steps if step.plus is not None] == [0, 4, 5, 9, 10]
+    assert [step.plus for step in chain._chain[0] if step.plus is not None] == [0, 4, 5, 9, 10]
 
 
 def test_keys_stay_and_a_copy_loads_them():
@@ -132,11 +133,11 @@ def test_a_sum_that_broadcasts_is_made_layer_by_layer():
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
-def test_inputs_of_other_types_go_layer_by_layer(kind):
+def test_inputs_of_other_types_go_as_it_is_written(kind):
     packed = pack(words_of(nn.Sequential(Block(16, 16))))
     x = torch.randn(1, 16, 5, 5).to(kind)
-    want = chains(packed)[0]._one_by_one(x)
-    assert torch.equal(packed(x), want) and want.dtype == torch.promote_types(kind, torch.float32)
+    want = nn.Sequential.forward(packed[0], x)
+    assert torch.equal(packed(x), want) and want.dtype == torch.float32
 
 
 def test_hooks_of_inner_modules_are_called():
@@ -146,7 +147,22 @@ def test_hooks_of_inner_modules_are_called():
     handle = packed.get_submodule("0.0.conv2").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     assert torch.equal(packed(x), want) and seen == [torch.int64]
     handle.remove()
-    assert torch.equal(packed(x), want) and len(seen) == 1
+    handle = packed[0][0].register_forward_hook(lambda *_: seen.append("block"))
+    assert torch.equal(packed(x), want) and seen == [torch.int64, "block"]
+    handle.remove()
+    assert torch.equal(packed(x), want) and len(seen) == 2
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_chain_keeps_its_class_and_is_copied_and_pickled_whole(again):
+    packed, x = pack(words_of(nn.Sequential(Block(16, 16)))), torch.randn(1, 16, 5, 5)
+    copied = again(packed)
+    (chain,) = chains(copied)
+    assert isinstance(chain, nn.Sequential) and isinstance(chain[0], Block) and type(chain) is type(packed[0])
+    assert chain._chain[1][0] is chain[0].conv1 is not packed[0][0].conv1
+    assert torch.equal(copied(x), packed(x))
+    copied[0][0].conv1.finish.zero_()
+    assert not torch.equal(copied(x), packed(x))
 
 
 @pytest.mark.parametrize("form", ["jit.trace", "make_fx", "vmap", "one layer"])
@@ -166,7 +182,7 @@ def test_whoever_records_the_operators_sees_them(form):
 def test_memory_is_used_again():
     """A residual network of any depth needs two results of floats and one of words, and no two that live together overlap."""
     chain = chains(pack(words_of(nn.Sequential(*(Block(64, 64) for _ in range(6))))))[0]
-    sizes, places, room = _places(chain.steps, (1, 8, 8))
+    sizes, places, room = _places(chain._chain[0], (1, 8, 8))
     floats, words = 8 * 8 * 64 * 4, 8 * 8 * 8
     assert room <= 2 * floats + 2 * words
     assert len(sizes) == 13 and len(places) == 11
