@@ -77,13 +77,14 @@ def fft_bound(x, w):
     return 8 * EPS * math.log2(size) * x.flatten(1).norm(dim=1)[:, None, None, None] * w.flatten(1).norm(dim=1)[:, None, None]
 
 
+def absolute_matrices(m):
+    return [torch.tensor([[abs(float(v)) for v in row] for row in M], dtype=torch.float64) for M in winograd.cook_toom(m, 3)]
+
+
 def winograd_bound(x, w, m):
     """The same algorithm on absolute values bounds every product and sum; their roundings are at most c + 2 (m + 2) + 12 deep."""
 
-    def size(matrix):
-        return torch.tensor([[abs(float(value)) for value in row] for row in matrix], dtype=torch.float64)
-
-    A, G, B = (size(matrix) for matrix in winograd.cook_toom(m, 3))
+    A, G, B = absolute_matrices(m)
     tiles = nn.functional.pad(x.abs(), (1, 1 + m, 1, 1 + m)).unfold(2, m + 2, m).unfold(3, m + 2, m)
     products = torch.einsum("pi,bcuvij,qj,pr,kcrs,qs->bkuvpq", B, tiles, B, G, w.abs(), G)
     y = torch.einsum("ip,bkuvpq,jq->bkuivj", A, products, A).flatten(4, 5).flatten(2, 3)
@@ -115,6 +116,25 @@ def test_float32_stays_within_the_bound_that_its_arithmetic_implies(name, seed):
     bound = BOUNDS[name](x.double(), w if groups == 1 else torch.diag_embed(w[:, 0].permute(1, 2, 0)).permute(2, 3, 0, 1))
     assert (error <= bound).all()
     assert report(layer).rows[0].algorithm == name
+
+
+@pytest.mark.parametrize("m", [2, 4])
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=10, deadline=None)
+def test_winograd_s_filter_gradient_stays_within_the_bound_that_its_arithmetic_implies(m, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, g = torch.randn(2, 16, 11, 13, generator=generator) * 10, torch.randn(2, 5, 11, 13, generator=generator)
+    layer = swap(nn.Conv2d(16, 5, 3, padding=1, bias=False), f"winograd{m}")
+    (found,) = torch.autograd.grad(layer(x), layer.weight, g)
+    exact = torch.nn.grad.conv2d_weight(x.double(), layer.weight.shape, g.double(), padding=1)
+    A, G, B = absolute_matrices(m)
+    of_x = torch.nn.functional.pad(x.abs().double(), (1, 1 + m, 1, 1 + m)).unfold(2, m + 2, m).unfold(3, m + 2, m)
+    of_g = torch.nn.functional.pad(g.abs().double(), (0, -13 % m, 0, -11 % m)).unfold(2, m, m).unfold(3, m, m)
+    down, across = of_g.shape[2:4]
+    of_x = torch.einsum("pi,bcuvij,qj->pqcbuv", B, of_x[:, :, :down, :across], B).flatten(3)
+    of_g = torch.einsum("ip,bkuvij,jq->pqkbuv", A, of_g, A).flatten(3)
+    bound = torch.einsum("pi,pqkt,pqct,qj->kcij", G, of_g, of_x, G)
+    assert ((found - exact).abs() <= (of_x.shape[3] + 2 * (m + 2) + 12) * EPS * bound).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
