@@ -47,6 +47,19 @@ def test_a_layer_of_which_a_gradient_alone_has_another_way_does_not_take_the_sho
     assert {row.role: row.algorithm for row in report(layer).rows} == ways
 
 
+@pytest.mark.parametrize("wanted", ["input", "weight", "bias", "input weight", "weight bias", ""])
+@pytest.mark.parametrize("name", ["fft", "default/fft/fft"])
+def test_what_alone_wants_a_gradient_gets_it_and_nothing_else_does(name, wanted):
+    layer, x = nn.Conv2d(3, 4, 3, bias="bias" in wanted), torch.randn(1, 3, 8, 8, requires_grad="input" in wanted)
+    layer.weight.requires_grad_("weight" in wanted)
+    leaves = [leaf for leaf in (x, *layer.parameters()) if leaf.requires_grad]
+    expected = torch.autograd.grad(layer(x).square().sum(), leaves) if wanted else []
+    y = swap(layer, name)(x)
+    assert y.requires_grad == bool(wanted)
+    found = torch.autograd.grad(y.square().sum(), leaves) if wanted else []
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected, strict=True))
+
+
 def test_the_first_pattern_that_fits_counts_and_a_second_swap_replaces_the_plan():
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), torch.randn(1, 3, 9, 9)
     swap(model, {"0": "fft", "*": "im2col"})
