@@ -1,7 +1,7 @@
 """Convolutions: `auto` against torch in both memory layouts, by layer and by network, for inference and for training.
 
-python benchmarks/convolutions.py [--quick] [--json FILE] [--threads 1] [--only layers|depthwise|networks|training|memory|error|
-    summary|peers]
+python benchmarks/convolutions.py [--quick] [--json FILE] [--threads 1] [--only layers|depthwise|layout|networks|training|memory|
+    error|summary|peers]
     [--network vgg16] [--layers 0:8]
 
 A group ends within about 90 s where networks are taken one by one and layers some at a time.
@@ -113,6 +113,18 @@ def depthwise(options: argparse.Namespace) -> list[Row]:
         rows += versus_stock(name, layer_of(c, c, kernel, 1, c), x, train, 5 if quick else 9, bar)
     x = torch.randn(1, 16, 64, 64, requires_grad=True)
     return rows + ([] if quick else versus_stock("train dense 1x16x64 31x31", layer_of(16, 16, 31, 1, 1), x, train, 9, 8.0))
+
+
+def layout(options: argparse.Namespace) -> list[Row]:
+    """The other memory layout and back, by itself: for a picture in NCHW where torch has no good loop for it, and where it has."""
+    rows, n = [], 5 if options.quick else 9
+    for c, kernel, groups in ((128, 15, 128), (64, 3, 1)):
+        layer, x = layer_of(c, c, kernel, 1, groups).eval(), torch.randn(1, c, 56, 56)
+        models = {"ours": swap(copy.deepcopy(layer), "layout"), "theirs": layer}
+        times = medians(interleave({key: partial(timed, infer, model, x) for key, model in models.items()}, n))
+        name = f"layout 1x{c}x56 {kernel}x{kernel}" + (" depthwise" if groups > 1 else f" to {c}")
+        rows.append(compare(name, "torch nchw", times["ours"] * 1e3, times["theirs"] * 1e3, "ms", larger_is_better=False, n=n))
+    return rows
 
 
 def networks(options: argparse.Namespace) -> list[Row]:
@@ -239,7 +251,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--threads", type=int, default=1)
-    sections = {f.__name__: f for f in (layers, depthwise, networks, training, memory, error, summary, peers)}
+    sections = {f.__name__: f for f in (layers, depthwise, layout, networks, training, memory, error, summary, peers)}
     parser.add_argument("--only", choices=[*sections])
     parser.add_argument("--network", choices=[*NETWORKS], help="this network alone")
     parser.add_argument("--layers", default=":", help="these rows of LAYERS alone, as begin:end")
