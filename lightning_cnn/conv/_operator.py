@@ -25,7 +25,9 @@ def compute(role, a, b, bias, size, stride, padding, dilation, groups, plan, kee
     """`role` of (x, weight, bias), (g, weight) or (x, g); `size` is the picture of an input gradient, the kernel of a weight's."""
     call = describe(role, a, b, size, Geometry(tuple(stride), tuple(padding), tuple(dilation), groups), keep)
     result = run(algorithm_for(call, plan), call, a.detach(), b if keep else b.detach(), bias)
-    return result.new_empty(0).set_(result) if result._is_view() else result  # autograd lets nobody write into a view from in here
+    if not result._is_view():
+        return result
+    return result.new_empty(0).set_(result)  # pyright: ignore[reportArgumentType]  # autograd lets nobody write into a view from in here
 
 
 convolve = torch.library.custom_op("lightning_cnn::convolve", compute, mutates_args=(), schema=SCHEMA)

@@ -139,7 +139,7 @@ def watched(monkeypatch, max_error, fail_after=None):
 
 
 def test_every_other_training_batch_after_the_first_two_runs_by_the_default_and_nothing_else_does(monkeypatch):
-    callback, model = watched(monkeypatch, 0.03)
+    callback, model = watched(monkeypatch, 0.0601)
     fit(callback, model)
     assert model.training_batches == [False, False, False, True, False, True]
     assert not any(model.others)
@@ -148,7 +148,7 @@ def test_every_other_training_batch_after_the_first_two_runs_by_the_default_and_
 
 
 def test_an_exception_in_a_batch_of_the_default_lets_the_choices_work_again(monkeypatch):
-    callback, model = watched(monkeypatch, 0.04, fail_after=4)
+    callback, model = watched(monkeypatch, 0.0602, fail_after=4)
     with pytest.raises(RuntimeError, match="lost"):
         fit(callback, model)
     assert model.training_batches[-1] is True
@@ -156,7 +156,7 @@ def test_an_exception_in_a_batch_of_the_default_lets_the_choices_work_again(monk
 
 
 def test_what_was_put_off_is_measured_after_the_first_batch_and_choices_again_after_the_first_epoch(monkeypatch):
-    callback, model = watched(monkeypatch, 0.05)
+    callback, model = watched(monkeypatch, 0.0603)
     said = []
     monkeypatch.setattr(_tuner.Tuner, "tune_pending", lambda self: said.append(f"pending after {len(model.training_batches)}"))
     monkeypatch.setattr(_tuner.Tuner, "recheck", lambda self: said.append(f"again after {len(model.training_batches)}"))
