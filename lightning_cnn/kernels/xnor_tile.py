@@ -8,7 +8,8 @@ three look-ups fit a half byte (3 * 4 <= 15) before it is split. And the upper h
 what leaks in from the neighbouring byte is 16 times a sum known from the lower halves, and is taken off at the end.
 
 So nine vector instructions do 768 products of 32 channels: 341 a cycle on four vector ports. XOR, `popcnt`, add on four scalar ports
-do 85, and float32 FMA 16.
+do 85, and float32 FMA 16. A tree of carry-save adders, 5 logical instructions in place of each popcount, does 157: 104 instructions
+for 16 vectors of 256 products.
 
 A 17th table, all 2, stands for zero padding: 2 of 4 bits differ, so its sum of +-1 is 0.
 """

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from lightning_cnn.errors import UnsupportedLayerError
 from lightning_cnn.kernels import xnor
@@ -49,7 +49,7 @@ def _xnor_conv2d(x: Tensor, panel: Tensor, finish: Tensor, filters: int, geometr
 
 def unobserved(x: Tensor) -> bool:
     """Whether `x` is plain memory, with no compiler, tracer, mode or transform that must be shown an operator."""
-    watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or _len_torch_dispatch_stack() > 0
+    watched = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _len_torch_dispatch_stack() > 0
     return type(x) is Tensor and not watched and peek_interpreter_stack() is None
 
 

@@ -27,7 +27,7 @@ def packed_words(x, channels_last=True, threads=1):
     return pack(image.data_ptr(), layout, (len(x), *x.shape[2:]), x.shape[1], threads)
 
 
-def packed_conv(x, weight, geometry, finish=None, tables=True, threads=1, channels_last=True, words=False):
+def packed_conv(x, weight, geometry, finish=None, tables=True, threads=1, channels_last=True, words=False, plus=None):
     """Floats where `finish` is float, else words."""
     filters, size = len(weight), (len(x), *x.shape[2:])
     panel = np.ascontiguousarray(xnor.panels((weight < 0).numpy(), geometry.dilation_w, tables))
@@ -41,7 +41,8 @@ def packed_conv(x, weight, geometry, finish=None, tables=True, threads=1, channe
         signs_of_x, layout = packed_words(x, channels_last, threads), WORDS
         source = signs_of_x.ctypes.data
     addresses = panel.ctypes.data, finish.ctypes.data, out.ctypes.data
-    xnor.convolve(source, layout, size, *addresses, filters, to_words, geometry, threads, tables)
+    added = 0 if plus is None else plus.data_ptr()
+    xnor.convolve(source, layout, size, *addresses, filters, to_words, geometry, threads, tables, added)
     return out
 
 
@@ -107,6 +108,14 @@ def test_floats_are_rounded_as_batch_norm_rounds_them(tables):
     dot = F.conv2d(signs(x), signs(weight), padding=1).permute(0, 2, 3, 1)
     scaled = (dot * affine[0] + affine[1]).double()
     torch.testing.assert_close(torch.from_numpy(got), (scaled * affine[2] + affine[3]).float(), rtol=2**-23, atol=0)
+
+
+@pytest.mark.parametrize("tables", [True, False])
+def test_what_is_added_is_added_to_the_rounded_result(tables):
+    x, weight, affine = torch.randn(2, 30, 6, 5), torch.randn(150, 30, 3, 3), torch.randn(4, 150).numpy()
+    plus = torch.randn(2, 6, 5, 150)
+    alone, sum_ = (packed_conv(x, weight, Geometry(30, 3, 3, 1, 1, 1, 1), affine, tables, plus=p) for p in (None, plus))
+    assert torch.equal(torch.from_numpy(sum_), torch.from_numpy(alone) + plus)
 
 
 @pytest.mark.parametrize("tables", [True, False])
