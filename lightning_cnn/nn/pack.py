@@ -25,7 +25,7 @@ def pack(model: nn.Module) -> nn.Module:
     Save it with `safetensors.torch.save_file(packed.state_dict(), path)`; load into `pack` of an untrained model of the same shape.
     Batch norms that follow a packed layer alone are folded, and those before a max pool go into it; where a sign follows a norm, words
     go straight to the next packed layer. A module inside `model` that does nothing but run packed layers and add (a residual block, a
-    stage of them) becomes a `PackedChain`, which runs it in one go; the names of its layers and the keys stay.
+    stage of them) becomes a `PackedChain` of its class, which runs it in one go; a layer put in later is not seen there.
     What cannot be packed (groups, float inputs, other widths) stays as it is, and is logged.
     """
     packed = copy.deepcopy(model).eval()

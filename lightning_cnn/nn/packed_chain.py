@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lightning_cnn.kernels import xnor
 from lightning_cnn.kernels.bits import LAST, WORDS, Geometry
@@ -53,7 +54,7 @@ class PackedChain(nn.Module):
     def _plan(self, x: Tensor) -> Any:
         """Sizes and places of the values; None where somebody or a hook looks on, or what is given has no place in a kernel."""
         steps, layers, hooks = self._chain
-        if not unobserved(x) or x.dtype != torch.float32 or x.dim() != 4 or any(hooks):
+        if not unobserved(x) or x.dtype != torch.float32 or x.dim() != 4 or any(hooks) or _has_any_global_hook():
             return None
         if any(layer.finish.dtype not in (torch.float32, torch.int32) for layer in layers):
             return None

@@ -151,6 +151,9 @@ def test_hooks_of_inner_modules_are_called():
     assert torch.equal(packed(x), want) and seen == [torch.int64, "block"]
     handle.remove()
     assert torch.equal(packed(x), want) and len(seen) == 2
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    assert torch.equal(packed(x), want) and type(packed[0][0].conv1) in seen
+    handle.remove()
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
