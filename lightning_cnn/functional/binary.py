@@ -85,13 +85,13 @@ def _checked(slope: str) -> bool:
 
 
 def _through(gradient: Tensor, x: Tensor, approx: bool) -> Tensor:
-    return gradient * ((2 - 2 * x.abs()).clamp_min(0) if approx else (x.abs() <= 1))
+    return gradient * (2 - 2 * x.abs()).clamp_min(0) if approx else torch.where(x.abs() <= 1, gradient, 0)
 
 
 class _Sign(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, approx: bool) -> Tensor:
-        return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
+        return 1 - 2 * (x < 0).to(x.dtype)  # quicker than `where` on two numbers
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -14,7 +14,7 @@ DERIVED = 0x5851F42D4C957F2D
 
 
 @intrinsic
-def _mix32(typing_context, value):
+def mix(typing_context, value):
     """The mixer on 32-bit integers of the compiler: numba's own uint32 arithmetic widens to 64 bits, which halves the vectors."""
 
     def build(context, builder, signature, arguments):
@@ -43,8 +43,8 @@ def high(key, index):
 @njit(uint32(uint64, uint64), cache=True, nogil=True, inline="always")
 def bits(key, index):
     """32 random bits of one index, for use inside compiled loops."""
-    mixed = _mix32(uint32(uint32(index) + uint32(key)))  # pyright: ignore[reportCallIssue]  (numba passes the context)
-    return _mix32(mixed ^ high(key, index))
+    mixed = mix(uint32(uint32(index) + uint32(key)))  # pyright: ignore[reportCallIssue]  (numba passes the context)
+    return mix(mixed ^ high(key, index))
 
 
 @njit(cache=True, nogil=True)

@@ -15,7 +15,8 @@ from numba import boolean, float32, int64, njit, uint32, uint64, uintp
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lightning_cnn.kernels.counter import bits, high, mix_vector
+from lightning_cnn.kernels.counter import bits, mix, mix_vector
+from lightning_cnn.kernels.counter import high as high_half
 
 LARGEST_BF16 = 0x7F7FFFFF
 LANES = 16  # elements rounded at once, on eight words of noise
@@ -90,7 +91,7 @@ def to_bf16_loop(x, key, index, out):
             np.uintp(out[start:].ctypes.data),
             whole // LANES,
             uint32(uint32(first) + uint32(key)),
-            high(key, first),
+            high_half(key, first),
         ):
             whole = 0
         _any_to_bf16(x[start + whole : start + n], key, index + uint64(start + whole), out[start + whole : start + n])
@@ -186,11 +187,26 @@ def _pair(element):
 
 @njit(cache=True, nogil=True)
 def _to_spacing(x, key, index, mantissa, finest, coarsest, low, high, saturates_infinity, out):
+    limits = (mantissa, finest, coarsest, low, high, saturates_infinity)
+    held = np.empty(BLOCK, np.float32)  # read from here, the loop is vectorised even where `out` is `x` itself
+    start = 0
+    while start < x.size:
+        first = index + uint64(start)
+        n = min(x.size - start, BLOCK, 2**32 - np.int64(uint32(first)))  # the high half of the counter is a constant
+        held[:n] = x[start : start + n]
+        _block_to_spacing(held[:n], uint32(uint32(first) + uint32(key)), high_half(key, first), limits, out[start : start + n])
+        start += n
+
+
+@njit(cache=True, nogil=True)
+def _block_to_spacing(x, counter, key_high, limits, out):
+    mantissa, finest, coarsest, low, high, saturates_infinity = limits
     words = x.view(np.uint32)
     infinity, below = np.float32(np.inf), np.float32(1.0 - 2.0**-24)
     for i in range(x.size):
         # 23 bits of noise as a float32 in [1, 2), less almost 1: the middle of its 2**-23
-        noise = as_float(uint32(uint32(bits(key, index + uint64(i)) >> uint32(9)) | uint32(0x3F800000))) - below
+        word = mix(mix(uint32(counter + uint32(i))) ^ key_high)
+        noise = as_float(uint32(uint32(word >> uint32(9)) | uint32(0x3F800000))) - below
         exponent = max(uint32(words[i] & uint32(0x7F800000)), uint32(finest + mantissa))
         spacing = min(uint32(exponent - mantissa), coarsest)
         value, size = x[i], abs(x[i])

@@ -104,19 +104,20 @@ class FixedPoint(Precision):
 
     # What it does
 
-    def round(self, x: Tensor, quantity: str, name: str, *, index: int = 0, nearest: bool = False) -> Tensor:
-        """x on the grid of a quantity; what falls outside its range is counted."""
+    def round(self, x: Tensor, quantity: str, name: str, *, index: int = 0, nearest: bool = False, out: Tensor | None = None) -> Tensor:
+        """x on the grid of a quantity, in `out` or new memory; what falls outside its range is counted."""
         target = _format(self.formats[quantity])
         self._count(f"{quantity}/{name}", x, target)
+        out = torch.empty_like(x) if out is None else out
         if nearest or self.rounding == "nearest":
-            return round_nearest(x, target).to(x.dtype)
-        return round_stochastic(x, target, seed=self.seed, step=self._step, stream=f"{quantity}/{name}", index=index).to(x.dtype)
+            return out.copy_(round_nearest(x, target))
+        return round_stochastic(x, target, seed=self.seed, step=self._step, stream=f"{quantity}/{name}", index=index, out=out)
 
     @torch.no_grad()
     def _round_gradients(self, optimizer: Optimizer) -> None:
         for parameter in _shadow.parameters(optimizer):
             if parameter in self._names and parameter.grad is not None:
-                parameter.grad.copy_(self.round(parameter.grad, "gradients", self._names[parameter]))
+                self.round(parameter.grad, "gradients", self._names[parameter], out=parameter.grad.detach())
 
     @torch.no_grad()
     def _round_step(self, optimizer: Optimizer, bucket: list[Tensor], **kwargs: Any) -> None:
@@ -126,12 +127,12 @@ class FixedPoint(Precision):
             name = self._names.get(parameter)
             if name is None:
                 continue
-            value = parameter
+            value = here = parameter.detach()
             if "updates" in self.formats:
-                value = old.add_(self.round(parameter.sub_(old), "updates", name))
+                value = old.add_(self.round(here.sub_(old), "updates", name, out=here))
             if "weights" in self.formats:
-                value = self.round(value, "weights", name)
-            parameter.copy_(value)
+                value = self.round(value, "weights", name, out=here)
+            here.copy_(value)
 
     def _hook(self, name: str) -> Callable[..., Any]:
         @torch.compiler.disable

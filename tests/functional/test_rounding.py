@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_cnn.errors import ConfigurationError
-from lightning_cnn.functional import rounding
+from lightning_cnn.functional import counter, rounding
 from lightning_cnn.functional.rounding import as_format, round_nearest, round_stochastic
 
 FORMATS = ["bf16", "fp16", "e4m3", "e5m2", (6, 10), (2, 14), (1, 0)]
@@ -67,7 +67,7 @@ def test_numbers_of_the_format_stay_themselves(format):
 
 
 @every_format
-@given(x=floats, key=st.integers(0, 2**63 - 1), index=st.sampled_from([0, 1, 7, 2**31 - 3, 2**40 + 1, -5]))
+@given(x=floats, key=st.integers(0, 2**63 - 1), index=st.sampled_from([0, 1, 7, 2**31 - 3, 2**32 - 3, 2**40 + 1, -5]))
 @settings(max_examples=30)
 def test_the_compiled_kernel_and_the_formula_give_the_same_bits(format, x, key, index):
     target = as_format(format)
@@ -152,6 +152,14 @@ def test_the_result_can_be_written_into_a_tensor_of_any_layout():
     for out in (torch.empty_like(x, dtype=torch.bfloat16), torch.empty_like(x).to(torch.bfloat16, memory_format=torch.channels_last)):
         assert round_stochastic(x, "bf16", out=out) is out
         assert torch.equal(out, round_stochastic(x, "bf16"))
+
+
+@pytest.mark.parametrize("index", [0, 2**32 - 1500])
+def test_fixed_point_is_rounded_in_place_to_the_same_bits(index):
+    x = torch.randn(3000)
+    apart = round_stochastic(x, (6, 10), index=index)
+    assert torch.equal(apart, rounding.formula(x, as_format((6, 10)), counter.key(0, "rounding", 0, 0), index))
+    assert torch.equal(round_stochastic(x, (6, 10), index=index, out=x), apart)
 
 
 def test_a_compiled_step_gives_the_same_bits_and_is_compiled_once():
