@@ -108,9 +108,10 @@ class FixedPoint(Precision):
         """x on the grid of a quantity, in `out` or new memory; what falls outside its range is counted."""
         target = _format(self.formats[quantity])
         self._count(f"{quantity}/{name}", x, target)
-        out = torch.empty_like(x) if out is None else out
         if nearest or self.rounding == "nearest":
-            return out.copy_(round_nearest(x, target))
+            rounded = round_nearest(x, target).to(x.dtype)
+            return rounded if out is None else out.copy_(rounded)
+        out = torch.empty_like(x) if out is None else out
         return round_stochastic(x, target, seed=self.seed, step=self._step, stream=f"{quantity}/{name}", index=index, out=out)
 
     @torch.no_grad()
