@@ -20,7 +20,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def pack(model: nn.Module) -> nn.Module:
-    """A copy of `model` in eval mode whose 1-bit layers compute on packed bits, equal to the original bit for bit.
+    """A copy of `model`, in eval mode and without gradients, whose 1-bit layers compute on packed bits; equal to it bit for bit.
 
     Save it with `safetensors.torch.save_file(packed.state_dict(), path)`; load into `pack` of an untrained model of the same shape.
     Batch norms that follow a packed layer alone are folded, and those before a max pool go into it; where a sign follows a norm, words
@@ -28,7 +28,7 @@ def pack(model: nn.Module) -> nn.Module:
     stage of them) becomes a `PackedChain` of its class, which runs it in one go; a layer put in later is not seen there.
     What cannot be packed (groups, float inputs, other widths) stays as it is, and is logged.
     """
-    packed = copy.deepcopy(model).eval()
+    packed = copy.deepcopy(model).eval().requires_grad_(False)
     layers = {name: geometry for name, module in packed.named_modules() if (geometry := geometry_of(module))}
     if not layers:
         warnings.warn("pack found no layer with 1-bit weights and 1-bit inputs that it can pack.", NoEffectWarning, stacklevel=2)

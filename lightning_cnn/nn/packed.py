@@ -48,7 +48,12 @@ def _xnor_conv2d(x: Tensor, panel: Tensor, finish: Tensor, filters: int, geometr
 
 
 def unobserved(x: Tensor) -> bool:
-    """Whether `x` is plain memory, with no compiler, tracer, mode or transform that must be shown an operator."""
+    """Whether `x` is plain memory, with no compiler, tracer, mode or transform that must be shown an operator.
+
+    Raises UnsupportedLayerError where a gradient is being recorded: it would be lost at the first word of bits.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedLayerError("A packed network is for inference and passes no gradient on: give it inputs that require none.")
     watched = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _len_torch_dispatch_stack() > 0
     return type(x) is Tensor and not watched and peek_interpreter_stack() is None
 

@@ -182,6 +182,19 @@ def test_whoever_records_the_operators_sees_them(form):
     assert torch.equal(got, model(x))
 
 
+@pytest.mark.parametrize("model", [nn.Sequential(Block(16, 16)), nn.Conv2d(16, 5, 3), nn.Linear(7, 5)], ids=["chain", "conv", "linear"])
+def test_a_gradient_is_refused_and_not_lost(model):
+    for module in model.modules() if not list(model.children()) else ():
+        lower(module, BitWidths())
+    packed = pack(words_of(model))
+    x = torch.randn(2, 7) if isinstance(model, nn.Linear) else torch.randn(1, 16, 5, 5)
+    assert not any(parameter.requires_grad for parameter in packed.parameters())
+    with pytest.raises(UnsupportedLayerError, match="passes no gradient on"):
+        packed(x.requires_grad_())
+    with torch.no_grad():
+        assert torch.equal(packed(x), packed(x.detach()))
+
+
 def test_memory_is_used_again():
     """A residual network of any depth needs two results of floats and one of words, and no two that live together overlap."""
     chain = chains(pack(words_of(nn.Sequential(*(Block(64, 64) for _ in range(6))))))[0]
