@@ -41,11 +41,13 @@ def missing(row: str, peer: str, how: str) -> Row:
 
 
 def interleave(functions: Mapping[str, Callable[[], float]], n: int) -> dict[str, list[float]]:
-    """Call each function once a round, n rounds, so that what disturbs the machine disturbs them all."""
+    """Call each function once a round, n rounds, so that what disturbs the machine disturbs them all; each is first in its turn."""
     results: dict[str, list[float]] = {name: [] for name in functions}
+    order = list(functions.items())
     for _ in range(n):
-        for name, function in functions.items():
+        for name, function in order:
             results[name].append(function())
+        order = order[1:] + order[:1]
     return results
 
 

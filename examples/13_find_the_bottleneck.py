@@ -1,6 +1,6 @@
 """Ask what holds training back, do what the verdict says, ask again.
 
-Result: 518 images/s from a folder of JPEGs (verdict: slow_decode), 1,553 packed once (verdict: small_batch), 4,147 in batches of 64.
+Result: 525 images/s from a folder of JPEGs (verdict: slow_decode), 1,925 packed once (verdict: small_batch), 5,199 in batches of 64.
 60 steps each, one run; one thread of an AMD EPYC (Zen 3), torch 2.15.0.
 Command: OMP_NUM_THREADS=1 python examples/13_find_the_bottleneck.py
 """

@@ -71,10 +71,10 @@ class SwappedConv2d(nn.Conv2d):
 
     def _asked(self, input: Tensor, weight: Tensor) -> tuple:
         """What the choice can depend on, in the cheapest form there is."""
-        grad, auto = torch.is_grad_enabled(), self._plan.startswith("auto")
+        grad = torch.is_grad_enabled()
         return (
             input.shape, input.stride(), input.dtype, input.is_cuda, grad and input.requires_grad, grad and weight.requires_grad,
-            torch._C._is_any_autocast_enabled(), torch.get_num_threads(), auto and _tuner.tuner_for(self._plan).generation,
+            torch._C._is_any_autocast_enabled(), torch.get_num_threads(), _tuner.Tuner.generation,
         )  # fmt: skip
 
     def _is_stock(self, input: Tensor, weight: Tensor) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -69,12 +70,12 @@ def tuner_for(plan: str) -> "Tuner":
 class Tuner:
     """`choose` answers at once for what is known; the unknown is measured on the spot, or between steps of several processes."""
 
+    generation: ClassVar[int] = 0  # moves whenever a decision of any tuner does
     settings: Settings
     store: Store
     clock: Callable[[], float] | None = None
     decisions: dict[Call, Decision] = field(default_factory=dict)
     pending: dict[Call, None] = field(default_factory=dict)
-    generation: int = 0  # moves whenever a decision does
     paused: bool = False  # everything by the default for a while, to compare
 
     def choose(self, call: Call) -> str:
@@ -122,7 +123,7 @@ class Tuner:
     def decide(self, decisions: dict[Call, Decision]) -> None:
         """Let these decisions hold from now on."""
         self.decisions.update(decisions)
-        self.generation += 1
+        Tuner.generation += 1
 
     def _candidates(self, call: Call, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
         refused = {}
