@@ -6,14 +6,13 @@ gradients of any order go through the algorithm that was chosen for their role.
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _profiler_enabled
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from lightning_cnn.conv import _tuner
 from lightning_cnn.conv._call import ROLES, Call, Role, load, run
 from lightning_cnn.functional.conv.geometry import Geometry
 from lightning_cnn.functional.conv.layout import is_channels_last
+from lightning_cnn.functional.observed import observed
 
 SCHEMA = (
     "(str role, Tensor a, Tensor b, Tensor? bias, SymInt[] size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
@@ -96,16 +95,16 @@ class _Recorded(torch.autograd.Function):
     backward = staticmethod(_derivative)  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
-    def forward(ctx, *inputs):  # A `setup_context` of its own would have torch bind the signature anew in each call, for 0.1 ms
+    def forward(ctx, *inputs):  # A `setup_context` of its own would have torch bind the signature anew in each call
         output = compute(*inputs)
         _setup(ctx, inputs, output)
         return output
 
 
 def convolution(role: Role, a: Tensor, b: Tensor, bias: Tensor | None, *others) -> Tensor:
-    """`convolve` by the shortest way: the dispatcher's Python takes up to half a millisecond among the layers of a network."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None or _profiler_enabled():
-        return convolve(role, a, b, bias, *others)  # Somebody looks at the operators that run
+    """`convolve` by the shortest way: the dispatcher's Python takes longer than a small layer."""
+    if observed():
+        return convolve(role, a, b, bias, *others)
     recorded = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (a, b, bias))
     return (_Recorded.apply if recorded else compute)(role, a, b, bias, *others)
 

@@ -7,8 +7,7 @@ from torch import Tensor
 from lightning_cnn.conv._call import Call, nbytes, with_bias
 from lightning_cnn.conv._transformed import transformed
 from lightning_cnn.functional.conv import winograd
-from lightning_cnn.functional.conv.geometry import Geometry, Pair, gradient_as_forward
-from lightning_cnn.functional.conv.layout import is_channels_last
+from lightning_cnn.functional.conv.geometry import gradient_as_forward
 
 LANES, COLUMNS, ROWS = 8, 16, 6
 SMALL, LARGE = 24, 96  # tiles a block while the filters stay in cache, and where they must be read from memory
@@ -43,7 +42,7 @@ def workspace(call: Call, m: int) -> int:
 
 def compute(call: Call, a: Tensor, b: Tensor, bias: Tensor | None, m: int) -> Tensor:
     if call.role == "weight":
-        return (_weight_gradient if _in_numba(call) else winograd.weight_gradient)(a, b, call.kernel, call.geometry, m)
+        return _weight_gradient(call, a, b, m) if _in_numba(call) else winograd.weight_gradient(a, b, call.kernel, call.geometry, m)
     if call.role == "input":
         g, mirrored, geometry = gradient_as_forward(a, b, call.geometry)
         return _forward(call, g, mirrored, geometry.padding, None, m, transform_packed(mirrored, m) if _in_numba(call) else None)
@@ -77,16 +76,15 @@ def _forward(call: Call, x: Tensor, weight: Tensor, padding, bias: Tensor | None
     return y.permute(0, 3, 1, 2)
 
 
-def _weight_gradient(x: Tensor, g: Tensor, size: Pair, geometry: Geometry, m: int) -> Tensor:
+def _weight_gradient(call: Call, x: Tensor, g: Tensor, m: int) -> Tensor:
     from lightning_cnn.kernels import threads
     from lightning_cnn.kernels.winograd import winograd_weight as kernel
 
     tiles = g.shape[0] * -(-g.shape[2] // m) * -(-g.shape[3] // m)
-    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    gw = torch.empty(g.shape[1], x.shape[1], *size, memory_format=layout)
+    gw = torch.empty(call.weight, memory_format=torch.channels_last if call.channels_last else torch.contiguous_format)
     pixels, gradient = (_filled(of.permute(0, 2, 3, 1), to).contiguous() for of, to in ((x, COLUMNS), (g, LANES)))
-    workers = threads.use(torch.get_num_threads())
-    kernel(pixels.numpy(), gradient.numpy(), gw.numpy(), m, *geometry.padding, workers, min(tiles, GRADIENT))
+    workers = threads.use(call.threads)
+    kernel(pixels.numpy(), gradient.numpy(), gw.numpy(), m, *call.geometry.padding, workers, min(tiles, GRADIENT))
     return gw
 
 

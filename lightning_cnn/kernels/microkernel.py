@@ -28,18 +28,7 @@ def multiply_6x16(typingctx, a, a_at, a_row, b, b_at, c, c_at, c_row, depth):
 
     def generate(context, builder, signature, args):
         A, B, C = (_start(context, builder, signature, args, i) for i in (0, 3, 5))
-        sums = [[cgutils.alloca_once_value(builder, ir.Constant(_VECTOR, None)) for _ in range(2)] for _ in range(ROWS)]
-        for cell in (cell for row in sums for cell in row):
-            builder.store(ir.Constant(_VECTOR, None), cell)
-        with cgutils.for_range(builder, args[8]) as loop:
-            columns = [_load(builder, B, _sum(builder, (loop.index, COLUMNS), half * LANES)) for half in range(2)]
-            for r in range(ROWS):
-                row = _spread(builder, builder.load(builder.gep(A, [_sum(builder, (args[2], r), loop.index)])))
-                for half in range(2):
-                    builder.store(_fma(builder, row, columns[half], builder.load(sums[r][half])), sums[r][half])
-        for r in range(ROWS):
-            for half in range(2):
-                _store(builder, builder.load(sums[r][half]), C, _sum(builder, (args[7], r), half * LANES))
+        _multiply(builder, ROWS, args[8], A, lambda r, t: _sum(builder, (args[2], r), t), B, C, args[7])
         return context.get_dummy_value()
 
     return types.void(a, a_at, a_row, b, b_at, c, c_at, c_row, depth), generate
@@ -55,18 +44,7 @@ def multiply_4x16(typingctx, a, a_at, b, b_at, c, c_at, depth):
 
     def generate(context, builder, signature, args):
         A, B, C = (_start(context, builder, signature, args, i) for i in (0, 2, 4))
-        sums = [[cgutils.alloca_once_value(builder, ir.Constant(_VECTOR, None)) for _ in range(2)] for _ in range(4)]
-        for cell in (cell for row in sums for cell in row):
-            builder.store(ir.Constant(_VECTOR, None), cell)
-        with cgutils.for_range(builder, args[6]) as loop:
-            columns = [_load(builder, B, _sum(builder, (loop.index, COLUMNS), half * LANES)) for half in range(2)]
-            for r in range(4):
-                row = _spread(builder, builder.load(builder.gep(A, [_sum(builder, (loop.index, LANES), r)])))
-                for half in range(2):
-                    builder.store(_fma(builder, row, columns[half], builder.load(sums[r][half])), sums[r][half])
-        for r in range(4):
-            for half in range(2):
-                _store(builder, builder.load(sums[r][half]), C, ir.Constant(_INDEX, r * COLUMNS + half * LANES))
+        _multiply(builder, 4, args[6], A, lambda r, t: _sum(builder, (t, LANES), r), B, C, ir.Constant(_INDEX, COLUMNS))
         return context.get_dummy_value()
 
     return types.void(a, a_at, b, b_at, c, c_at, depth), generate
@@ -192,6 +170,22 @@ def sandwich(matrix: Sequence[Sequence[float]]) -> Callable:
         return types.void(source, at, row, column, target, target_at, target_row, target_column, channels), generate
 
     return apply
+
+
+def _multiply(builder, rows, depth, A, at, B, C, c_row):
+    """C[r] = sum over t < depth of A[at(r, t)] * B[t], for rows of sixteen columns, in two vector sums a row."""
+    sums = [[cgutils.alloca_once_value(builder, ir.Constant(_VECTOR, None)) for _ in range(2)] for _ in range(rows)]
+    for cell in (cell for row in sums for cell in row):
+        builder.store(ir.Constant(_VECTOR, None), cell)
+    with cgutils.for_range(builder, depth) as loop:
+        columns = [_load(builder, B, _sum(builder, (loop.index, COLUMNS), half * LANES)) for half in range(2)]
+        for r in range(rows):
+            row = _spread(builder, builder.load(builder.gep(A, [at(r, loop.index)])))
+            for half in range(2):
+                builder.store(_fma(builder, row, columns[half], builder.load(sums[r][half])), sums[r][half])
+    for r in range(rows):
+        for half in range(2):
+            _store(builder, builder.load(sums[r][half]), C, _sum(builder, (c_row, r), half * LANES))
 
 
 def _combine(builder, matrix, line):

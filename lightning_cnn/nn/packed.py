@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
 from lightning_cnn.errors import UnsupportedLayerError
+from lightning_cnn.functional.observed import observed
 from lightning_cnn.kernels import xnor
 from lightning_cnn.kernels.bits import FIRST, LAST, WORDS, Geometry, thresholds
 from lightning_cnn.kernels.norm_pool import norm_pool as pool_by_address
@@ -48,14 +48,13 @@ def _xnor_conv2d(x: Tensor, panel: Tensor, finish: Tensor, filters: int, geometr
 
 
 def unobserved(x: Tensor) -> bool:
-    """Whether `x` is plain memory, with no compiler, tracer, mode or transform that must be shown an operator.
+    """Whether `x` is plain memory, and neither a transform nor anybody else must be shown an operator.
 
     Raises UnsupportedLayerError where a gradient is being recorded: it would be lost at the first word of bits.
     """
     if x.requires_grad and torch.is_grad_enabled():
         raise UnsupportedLayerError("A packed network is for inference and passes no gradient on: give it inputs that require none.")
-    watched = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _len_torch_dispatch_stack() > 0
-    return type(x) is Tensor and not watched and peek_interpreter_stack() is None
+    return type(x) is Tensor and not observed() and peek_interpreter_stack() is None
 
 
 def _check(coefficients: Tensor, dtype: torch.dtype) -> None:

@@ -1,6 +1,6 @@
 """A module of nothing but packed convolutions and residual additions, run in one go.
 
-A packed layer of a small picture computes for 0.1 ms, and Python's way to the next one takes half as long again. A chain knows its
+Python's way from one packed layer to the next takes a good part of what a layer of a small picture computes for. A chain knows its
 layers beforehand: it calls their kernels one after the other, keeps what lies between in one allocation, and leaves each addition to
 the layer that writes its later operand, so that it is neither a call nor another pass over memory.
 """

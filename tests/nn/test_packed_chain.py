@@ -195,6 +195,14 @@ def test_a_gradient_is_refused_and_not_lost(model):
         assert torch.equal(packed(x), packed(x.detach()))
 
 
+def test_a_profiler_sees_the_layers_of_a_chain():
+    packed, x = pack(words_of(nn.Sequential(Block(16, 16)))), torch.randn(1, 16, 5, 5)
+    want = packed(x)
+    with torch.profiler.profile() as profiler:
+        assert torch.equal(packed(x), want)
+    assert {event.key: event.count for event in profiler.key_averages()}["lightning_cnn::xnor_conv2d"] == 2
+
+
 def test_memory_is_used_again():
     """A residual network of any depth needs two results of floats and one of words, and no two that live together overlap."""
     chain = chains(pack(words_of(nn.Sequential(*(Block(64, 64) for _ in range(6))))))[0]
